@@ -1,0 +1,177 @@
+"""The ``vmoba`` operators: schemas, fake kernels, autograd, FLOP formulas, and which implementation a device gets.
+
+``vmoba::select`` chooses boxes, ``vmoba::attention`` attends to them, ``vmoba::attention_backward`` is its gradient.
+All are functional, return contiguous tensors and take Tensor, int, float, bool and str arguments only. Sizes are
+``SymInt``, so that one traced graph can serve several grids and layers. A ``key_mask`` without elements means: no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference_attention, reference_select
+from .partition import Geometry, box_counts, box_order, unpack_bits
+
+_SIZES = "SymInt t, SymInt h, SymInt w, SymInt bt, SymInt bh, SymInt bw, SymInt prefix, SymInt suffix"
+
+
+def _geometry(t: int, h: int, w: int, bt: int, bh: int, bw: int, prefix: int, suffix: int) -> Geometry:
+    return Geometry((t, h, w), (bt, bh, bw), prefix, suffix)
+
+
+def _select_reference(
+    q: Tensor, k: Tensor, key_mask: Tensor, *sizes: int, pool: str, mode: str, threshold: float, topk: int
+) -> Tensor:
+    return reference_select.select(
+        q, k, key_mask, _geometry(*sizes), pool=pool, mode=mode, threshold=threshold, topk=topk
+    )
+
+
+def _attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return reference_attention.attention(q, k, v, selected, key_mask, _geometry(*sizes), scale)
+
+
+def _attention_backward_reference(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, lse: Tensor, delta: Tensor,
+    *sizes: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return reference_attention.attention_backward(
+        dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale
+    )
+
+
+# One entry per device and op; an op called on a device without an entry raises NotImplementedError naming both.
+_REFERENCE = {
+    "select": _select_reference,
+    "attention": _attention_reference,
+    "attention_backward": _attention_backward_reference,
+}
+IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {"cpu": _REFERENCE, "cuda": _REFERENCE}
+
+_SCHEMAS = {
+    "select": f"(Tensor q, Tensor k, Tensor key_mask, {_SIZES}, *, str pool, str mode, float threshold, int topk)"
+    " -> Tensor",
+    "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale)"
+    " -> (Tensor, Tensor)",
+    "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor lse,"
+    f" Tensor delta, {_SIZES}, *, float scale) -> (Tensor, Tensor, Tensor)",
+}
+
+
+def _define(name: str) -> torch.library.CustomOpDef:
+    first, *others = IMPLEMENTATIONS
+    op = torch.library.custom_op(
+        f"vmoba::{name}",
+        IMPLEMENTATIONS[first][name],
+        mutates_args=(),
+        device_types=first,
+        schema=_SCHEMAS[name],
+    )
+    for device in others:
+        op.register_kernel(device, IMPLEMENTATIONS[device][name])
+    return op
+
+
+select = _define("select")
+attention = _define("attention")
+attention_backward = _define("attention_backward")
+
+
+@select.register_fake
+def _select_fake(q, k, key_mask, t, h, w, bt, bh, bw, prefix, suffix, *, pool, mode, threshold, topk):
+    counts = box_counts((t, h, w), (bt, bh, bw))
+    words = (counts[0] * counts[1] * counts[2] + 31) // 32
+    return q.new_empty((q.shape[0], q.shape[1], t * h * w, words), dtype=torch.int32)
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@attention.register_fake
+def _attention_fake(q, k, v, selected, key_mask, *sizes, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulator(q))
+
+
+@attention_backward.register_fake
+def _attention_backward_fake(dout, q, k, v, selected, key_mask, lse, delta, *sizes, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_setup_context(ctx, inputs, keyword_only_inputs, output):
+    q, k, v, selected, key_mask, *ctx.sizes = inputs
+    ctx.scale = keyword_only_inputs["scale"]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, selected, key_mask, *output)
+
+
+def _attention_grad(ctx, dout: Tensor | None, dlse: Tensor | None):
+    q, k, v, selected, key_mask, out, lse = ctx.saved_tensors
+    no_grads = (None,) * (2 + len(ctx.sizes))
+    if dout is None and dlse is None:
+        return None, None, None, *no_grads
+    if dout is None:
+        dout, delta = torch.zeros_like(out), torch.zeros_like(lse)
+    else:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    grads = torch.ops.vmoba.attention_backward(
+        dout, q, k, v, selected, key_mask, lse, delta, *ctx.sizes, scale=ctx.scale
+    )
+    return *grads, *no_grads
+
+
+attention.register_autograd(_attention_grad, setup_context=_attention_setup_context)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "vmoba::attention has no second derivative; use dense attention (`with model.dense():`) where one is needed"
+    )
+
+
+attention_backward.register_autograd(_no_double_backward)
+
+
+def _selected_pairs(selected: Tensor, geometry: Geometry, heads: int, batch: int) -> int:
+    """(query, key) pairs that are computed: of the selected boxes, and all pairs with a condition token on either side.
+
+    Without data (fake tensors) the selection is unknown, and all pairs are counted: an upper bound.
+    """
+    condition = geometry.num_condition
+    with_condition = batch * heads * condition * (geometry.num_tokens + geometry.num_video)
+    if isinstance(selected, torch._subclasses.FakeTensor) or selected.device.type == "meta":
+        return with_condition + batch * heads * geometry.num_video**2
+    _, starts = box_order(geometry.grid, geometry.block)
+    sizes = torch.diff(torch.tensor(starts, device=selected.device))
+    per_box = sum(
+        unpack_bits(rows, geometry.num_boxes).sum(0) for sample in selected for rows in sample
+    )  # one head at a time: the unpacked bits are 32 times the bit sets
+    return with_condition + int((per_box * sizes).sum())
+
+
+@register_flop_formula(torch.ops.vmoba.select)
+def select_flops(q_shape, k_shape, mask_shape, *sizes, out_shape=None, **kwargs) -> int:
+    """The gate: one product of every video query with every box mean."""
+    geometry = _geometry(*sizes)
+    return 2 * q_shape[0] * q_shape[1] * geometry.num_video * geometry.num_boxes * q_shape[3]
+
+
+@register_flop_formula(torch.ops.vmoba.attention, get_raw=True)
+def attention_flops(q, k, v, selected, key_mask, *sizes, out_val=None, **kwargs) -> int:
+    """Two products (scores, values) over the selected pairs."""
+    return 4 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0])
+
+
+@register_flop_formula(torch.ops.vmoba.attention_backward, get_raw=True)
+def attention_backward_flops(dout, q, k, v, selected, key_mask, lse, delta, *sizes, out_val=None, **kwargs) -> int:
+    """Five products over the selected pairs."""
+    return 10 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0])

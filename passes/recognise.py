@@ -1,0 +1,112 @@
+"""Find attention in a graph: what is spelled how, and with which arguments."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+from torch.fx.operator_schemas import normalize_function
+
+from .rules import is_elementwise, name_of
+from .sizes import shape_of
+
+SDPA = "scaled_dot_product_attention"
+OPAQUE = ("multi_head_attention_forward", "_native_multi_head_attention", "flex_attention")
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+_ON_THE_WAY = ("to", "float", "type_as", "masked_fill", "view", "reshape", "softmax", "transpose", "dropout")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of one scaled-dot-product attention; tensors are nodes, the rest Python values."""
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    dropout: float
+    causal: bool
+    scale: float | None
+
+
+def spelling(node: fx.Node) -> str | None:
+    """How this node spells attention: an operator's name, "softmax" for one written out by hand, or None."""
+    name = name_of(node)
+    if name == SDPA or name in OPAQUE:
+        return name
+    return "softmax" if name in ("softmax", "_softmax") and _is_handwritten(node) else None
+
+
+def _is_handwritten(node: fx.Node) -> bool:
+    """True where a softmax weighs tokens by tokens: a product of two activations feeds it, and a product takes it."""
+    if len(shape_of(node) or []) < 3:
+        return False
+    return _meets_product(node, upwards=True) and _meets_product(node, upwards=False)
+
+
+def _meets_product(node: fx.Node, *, upwards: bool, steps: int = 8) -> bool:
+    for near in node.all_input_nodes[:1] if upwards else node.users:
+        name = name_of(near) if near.op in ("call_function", "call_method") else ""
+        if name in _PRODUCTS:
+            return True
+        passes = name in _ON_THE_WAY or is_elementwise(name)
+        if steps and passes and _meets_product(near, upwards=upwards, steps=steps - 1):
+            return True
+    return False
+
+
+def attention_call(node: fx.Node) -> AttentionCall | None:
+    """The arguments of a ``scaled_dot_product_attention`` node, None where they cannot be read."""
+    normalized = normalize_function(
+        node.target,  # type: ignore[arg-type]
+        node.args,  # type: ignore[arg-type]
+        dict(node.kwargs),
+        normalize_to_only_use_kwargs=True,
+    )
+    if normalized is None:
+        return None
+    kwargs = normalized.kwargs
+    tensors = [kwargs.get(name) for name in ("query", "key", "value")]
+    dropout, scale = kwargs.get("dropout_p", 0.0), kwargs.get("scale")
+    if not all(isinstance(t, fx.Node) for t in tensors) or isinstance(dropout, fx.Node) or isinstance(scale, fx.Node):
+        return None
+    query, key, value = (cast(fx.Node, t) for t in tensors)
+    return AttentionCall(
+        node, query, key, value,
+        mask=cast("fx.Node | None", kwargs.get("attn_mask")),
+        dropout=float(dropout or 0.0),
+        causal=bool(kwargs.get("is_causal", False)),
+        scale=scale,
+    )  # fmt: skip
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward made the node, as ``model.named_modules()`` spells it."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return plain_path(next(reversed(stack.values()))[0])
+
+
+def plain_path(spelled: str) -> str:
+    """A module path without Dynamo's spelling of it.
+
+    ``L['self']._modules['blocks'][0].attn1`` and hooks' ``…forward.__closure__[0].cell_contents…`` give
+    ``blocks.0.attn1``.
+    """
+    tail = spelled.rsplit("cell_contents", 1)[-1]
+    parts = re.findall(r"\[['\"]?([^'\"\]]+)['\"]?\]|([A-Za-z_0-9]+)", tail)
+    names = [quoted or bare for quoted, bare in parts]
+    while names and names[0] in ("L", "G", "self", "fn", "args", "_orig_mod", "__self__", "mod", "model_self"):
+        names.pop(0)
+    skip = {"_modules", "__dict__", "forward", "__func__", "__wrapped__", "_orig_mod"}
+    return ".".join(name for name in names if name not in skip)
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:123`` of the innermost user frame that made the node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""

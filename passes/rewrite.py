@@ -1,0 +1,200 @@
+"""The rewrite: one pure function over a graph. Recognise, track, decide, replace, and account for every attention."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from .decide import Decision, decide
+from .recognise import SDPA, AttentionCall, attention_call, module_path, source_line, spelling
+from .replace import Builder, numbers, replace_attention
+from .report import Layers, Reason, Report, Site
+from .sizes import Size, shape_of, value_of
+from .track import Scope, Tracking, track
+
+Triple = tuple[int, int, int]
+
+
+class Policy(Protocol):
+    """What the rewrite asks of a configuration."""
+
+    pool: str
+    mode: str
+    threshold: float
+    topk: int | None
+    dense_layers: tuple[int, ...]
+
+    def least_tokens(self, device_type: str) -> int:
+        """Sequences shorter than this stay dense."""
+
+    def block_for(self, layer: int, grid: Triple) -> tuple[str, Triple]:
+        """Scheme and block size of a layer."""
+
+
+def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, layers: Layers | None = None) -> Report:
+    """Replace the dense video self-attention in ``gm``, in place, by the ``vmoba`` operators.
+
+    Args:
+        gm: a graph of torch IR from Dynamo, or the ``graph_module`` of an exported program. Node metadata must hold
+            example values, as both make them.
+        config: threshold, pool, blocks and the other choices, a ``VMoBAConfig``.
+        grid: (frames, rows, columns) of the video tokens where the graph does not show them, or to overrule it.
+        layers: layer numbers so far, where the graph is one of several of a model.
+
+    Returns:
+        A report with one site for every attention found. What is not proven legal stays as it was.
+
+    Raises:
+        GridError: ``grid`` contradicts the token count that the graph proves.
+    """
+    layers = Layers() if layers is None else layers
+    tracking = track(gm, lambda node: spelling(node) is not None)
+    occurrences: dict[str, int] = {}
+    plan: list[tuple[Scope, fx.Node, AttentionCall | None, Decision]] = []
+    for scope, node in tracking.order:
+        call = attention_call(node) if spelling(node) == SDPA else None
+        plan.append((scope, node, call, _decide(call, node, scope, tracking, grid)))
+
+    report = Report()
+    for scope, node, call, decision in plan:
+        path = module_path(node)
+        facts = _facts(node, call, decision)
+        if call is not None and decision.reason is Reason.REWRITTEN:
+            occurrence = occurrences[path] = occurrences.get(path, -1) + 1
+            site = _apply(call, scope, decision, config, layers, path, occurrence, facts)
+        else:
+            site = Site(reason=decision.reason, detail=decision.detail, **facts)
+        report.sites.append(site)
+    report.sites.extend(_unentered(tracking))
+    for module in {id(scope.module): scope.module for scope, *_ in plan}.values():
+        module.graph.lint()
+        module.recompile()
+    return report
+
+
+def _decide(
+    call: AttentionCall | None, node: fx.Node, scope: Scope, tracking: Tracking, grid: Triple | None
+) -> Decision:
+    if call is None:
+        return Decision(
+            Reason.SPELLING,
+            f"attention spelled as {spelling(node)} is not understood; call F.scaled_dot_product_attention instead",
+        )
+    decision = decide(call, scope, tracking, grid)
+    if decision.reason is Reason.REWRITTEN and scope.calls > 1:
+        return Decision(
+            Reason.SHARED_SUBGRAPH,
+            f"one subgraph serves {scope.calls} layers, which need blocks of their own; compile the model as a whole",
+        )
+    return decision
+
+
+def _apply(
+    call: AttentionCall,
+    scope: Scope,
+    decision: Decision,
+    config: Policy,
+    layers: Layers,
+    path: str,
+    occurrence: int,
+    facts: dict[str, Any],
+) -> Site:
+    """Carry out a legal rewrite, unless the configuration keeps this site dense."""
+    layout = decision.layout
+    assert layout is not None
+    tokens = (shape_of(call.query) or [])[2]
+    least = config.least_tokens(_device_type(call.query))
+    if tokens.hint < least:
+        return Site(
+            reason=Reason.TOO_FEW_TOKENS,
+            detail=f"{tokens} tokens are fewer than min_tokens={least}, below which dense attention is faster",
+            **facts,
+        )
+    layer = layers.number(path, occurrence)
+    hints = (layout.grid[0].hint, layout.grid[1].hint, layout.grid[2].hint)
+    scheme, block = config.block_for(layer, hints)
+    facts |= {"layer": layer}
+    if layer in config.dense_layers:
+        return Site(reason=Reason.DENSE_LAYER, detail=f"layer {layer} is in dense_layers", **facts)
+    builder = Builder(scope.module.graph, call.node)
+    sizes = numbers(builder, layout)
+    if sizes is None:
+        return Site(
+            reason=Reason.DYNAMIC_GRID,
+            detail="the grid is symbolic and not at hand in this subgraph; compile with dynamic=False",
+            **facts,
+        )
+    selection = {
+        "pool": config.pool, "mode": config.mode, "threshold": float(config.threshold), "topk": config.topk or 0
+    }  # fmt: skip
+    replace_attention(call, builder, sizes, block, selection)
+    return Site(
+        reason=Reason.REWRITTEN,
+        detail="",
+        scheme=scheme,
+        block=block,
+        density_bound=_density_bound(config, hints, block),
+        **facts,
+    )
+
+
+def _density_bound(config: Policy, grid: Triple, block: Triple) -> float:
+    """Largest fraction of (query, box) entries kept: the query's own box, and the share that the rule may add."""
+    boxes = 1
+    for extent, step in zip(grid, block, strict=True):
+        boxes *= -(-extent // step)
+    if config.mode == "topk":
+        return min(config.topk or 1, boxes) / boxes
+    return min(1.0, 1 / boxes + config.threshold)
+
+
+def _facts(node: fx.Node, call: AttentionCall | None, decision: Decision) -> dict[str, Any]:
+    """Fields of a site that do not depend on the verdict."""
+    facts: dict[str, Any] = {
+        "path": module_path(node),
+        "spelling": spelling(node) or "",
+        "source": source_line(node),
+    }
+    if call is not None:
+        shape, keys = shape_of(call.query) or [], shape_of(call.key) or []
+        if len(shape) == 4:
+            batch, heads, tokens, head_dim = shape
+            facts |= {"heads": _plain(heads), "tokens": _plain(tokens), "head_dim": _plain(head_dim)}
+            if all(size.static for size in (*shape, keys[2])):
+                facts["dense_flops"] = 4 * batch.hint * heads.hint * tokens.hint * keys[2].hint * head_dim.hint
+    if decision.layout is not None:
+        layout = decision.layout
+        facts |= {
+            "grid": tuple(_plain(size) for size in layout.grid),
+            "prefix": _plain(layout.prefix),
+            "suffix": _plain(layout.suffix),
+            "evidence": layout.evidence,
+        }
+    return facts
+
+
+def _plain(size: Size) -> int | str:
+    return size.expr if isinstance(size.expr, int) else str(size)
+
+
+def _device_type(node: fx.Node) -> str:
+    value = value_of(node)
+    return value.device.type if isinstance(value, torch.Tensor) else "cpu"
+
+
+def _unentered(tracking: Tracking) -> list[Site]:
+    """Attention in the branches of control flow, where token types are not followed."""
+    return [
+        Site(
+            path=module_path(node),
+            reason=Reason.CONTROL_FLOW,
+            detail=f"inside {caller.name}: token types are not followed into control flow",
+            spelling=spelling(node) or "",
+            source=source_line(node),
+        )
+        for _, caller, graph in tracking.unentered
+        for node in graph.graph.nodes
+        if node.op in ("call_function", "call_method") and spelling(node)
+    ]

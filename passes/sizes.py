@@ -1,0 +1,76 @@
+"""Sizes that may be symbolic: compared and multiplied without ever adding a guard to the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import sympy
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Size:
+    """A tensor size: an int, or a symbolic expression with an example value (``hint``) used for ordering only."""
+
+    expr: int | sympy.Expr
+    hint: int = field(compare=False)
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.expr, int)
+
+    def __str__(self) -> str:
+        return str(self.expr)
+
+
+ONE = Size(1, 1)
+
+
+def size_of(value: int | torch.SymInt) -> Size:
+    """``value`` as a :class:`Size`. Sizes that depend on data have no example value; they count as 0."""
+    if isinstance(value, int):
+        return Size(value, value)
+    expr = value.node.expr
+    if expr.is_Integer:
+        return Size(int(expr), int(expr))
+    hint = value.node.hint if value.node.has_hint() else 0
+    return Size(expr, int(hint))
+
+
+def multiply(sizes: list[Size]) -> Size:
+    return _normal(prod((s.expr for s in sizes), start=sympy.Integer(1)), prod(s.hint for s in sizes))
+
+
+def add(sizes: list[Size]) -> Size:
+    return _normal(sum((s.expr for s in sizes), start=sympy.Integer(0)), sum(s.hint for s in sizes))
+
+
+def subtract(a: Size, b: Size) -> Size:
+    return _normal(sympy.Integer(0) + a.expr - b.expr, a.hint - b.hint)
+
+
+def same(a: Size, b: Size) -> bool:
+    """True where the sizes are equal for every value of the symbols."""
+    if a.static and b.static:
+        return a.expr == b.expr
+    return bool(a.expr == b.expr or sympy.expand(a.expr - b.expr) == 0)
+
+
+def _normal(expr: int | sympy.Expr, hint: int) -> Size:
+    if isinstance(expr, sympy.Expr):
+        return Size(int(expr), int(expr)) if expr.is_Integer else Size(expr, hint)
+    return Size(expr, hint)
+
+
+def value_of(node: fx.Node) -> object:
+    """The example value of a node: ``example_value`` in a Dynamo graph, ``val`` in an exported program."""
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def shape_of(node: fx.Node) -> list[Size] | None:
+    """The node's shape, or None where it is no tensor."""
+    value = value_of(node)
+    return [size_of(s) for s in value.shape] if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,84 @@
+"""``python -m vmoba_compile``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .config import VMoBAConfig
+from .explain import explain
+from .kernels.partition import Triple
+from .passes import RewriteError
+from .zoo import PRESETS, preset
+
+
+def parse_grid(text: str) -> Triple:
+    """``21x30x52`` as (21, 30, 52)."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"a grid is FRAMESxROWSxCOLUMNS in tokens, such as 21x30x52, not {text!r}")
+    return (int(parts[0]), int(parts[1]), int(parts[2]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vmoba_compile", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "explain",
+        help="what optimize would rewrite in a model, and why not the rest",
+        description="Trace a model without computing anything and list its attentions.",
+        epilog="models: " + ", ".join(PRESETS),
+    )
+    command.add_argument("model", help="a model's name, or module:function returning (model, keyword arguments)")
+    command.add_argument("--tokens", type=parse_grid, metavar="TxHxW", help="token grid of a named model's input")
+    command.add_argument("--layers", type=int, metavar="N", help="layers of a named model, fewer are faster to trace")
+    command.add_argument("--grid", type=parse_grid, metavar="TxHxW", help="the grid= of optimize")
+    command.add_argument("--config", type=Path, metavar="FILE", help="a VMoBAConfig as JSON")
+    command.add_argument("--save", type=Path, metavar="FILE", help="write the report as .json or .html")
+    return parser
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    if ":" not in args.model:
+        sizes = {} if args.layers is None else {"num_layers": args.layers}
+        return preset(args.model).build(grid=args.tokens, **sizes)
+    module, _, function = args.model.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load {args.model!r}: {error}") from error
+    loaded = found()
+    if not (isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[0], nn.Module)):
+        raise ValueError(f"{args.model} must return (model, keyword arguments), not {type(loaded).__name__}")
+    return loaded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 where nothing would be rewritten, 2 on wrong use."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        config = VMoBAConfig.from_dict(json.loads(args.config.read_text())) if args.config else VMoBAConfig()
+        model, inputs = _load(args)
+        start = time.perf_counter()
+        found = explain(model, config=config, grid=args.grid, **inputs)
+    except (RewriteError, ValueError, TypeError, ImportError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(found)
+    print(f"traced in {time.perf_counter() - start:.1f} s; nothing was computed")
+    if args.save:
+        found.save(args.save)
+    return 0 if found.rewritten else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

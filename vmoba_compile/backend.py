@@ -1,0 +1,141 @@
+"""The Dynamo backend: rewrite the captured graph, account for it, hand it to the inner compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import VMoBAConfig
+from .kernels.api import triple
+from .kernels.partition import Triple
+from .passes import CoverageError, Report, rewrite
+
+Inner = Callable[..., Callable[..., Any]]
+
+
+def inner_compiler(inner: str | Inner, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Inner:
+    """The compiler that takes the rewritten graph: a backend's name ("inductor", "eager", …) or a callable.
+
+    ``mode`` and ``options`` are Inductor's, as in ``torch.compile``.
+    """
+    if callable(inner):
+        if mode or options:
+            raise ValueError("mode and options are for inner='inductor'; a callable takes the graph and inputs alone")
+        return inner
+    if inner == "inductor":
+        patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+        return _Inductor(patches | dict(options or {}))
+    if mode or options:
+        raise ValueError(f"mode and options are for inner='inductor', not {inner!r}")
+    if not isinstance(inner, str) or inner == "vmoba" or inner not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "vmoba")
+        raise ValueError(f"inner must be a callable or one of torch.compile's backends ({known}), not {inner!r}")
+    return torch._dynamo.lookup_backend(inner)
+
+
+@dataclass
+class _Inductor:
+    patches: dict[str, Any]
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=self.patches)  # type: ignore[arg-type]
+        return compiled
+
+
+@dataclass(eq=False)
+class Rewriter:
+    """A Dynamo backend with its configuration and what it has done so far.
+
+    One instance serves all graphs of one model: layer numbers go on over graph breaks, and stay over recompilations.
+    """
+
+    config: VMoBAConfig
+    grid: Triple | None
+    inner: Inner
+    strict: bool = False
+    report: Report = field(default_factory=Report)
+    graphs: int = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        found = rewrite(gm, self.config, grid=self.grid, layers=self.report.layers)
+        self.report.merge(found)
+        self.graphs += 1
+        if self.strict:
+            check_strict(found)
+        return self.inner(gm, example_inputs)
+
+
+def check_strict(report: Report) -> None:
+    """Raise CoverageError where an attention that may be over a video was left dense."""
+    missed = [site for site in report if not site.reason.intended]
+    if missed:
+        lines = [f"  {site.path or site.source}: {site.reason.value}: {site.detail}" for site in missed]
+        raise CoverageError("strict=True, but not every video attention was rewritten:\n" + "\n".join(lines))
+
+
+def check_coverage(report: Report, *, strict: bool, expect: int | None) -> None:
+    """Raise CoverageError where fewer sites were rewritten than wanted, over all graphs of a call."""
+    done = len(report.rewritten)
+    if expect is not None and done < expect:
+        raise CoverageError(f"expect={expect}, but {done} attentions were rewritten:\n{report}")
+    if strict and not done:
+        raise CoverageError(
+            "strict=True, but no attention was rewritten: " + (report.summary() if len(report) else NO_ATTENTION)
+        )
+
+
+NO_ATTENTION = (
+    "the model's graph holds no attention; is this the video transformer, and does it run under torch.compile?"
+)
+
+
+def check_grid(grid: object) -> Triple | None:
+    return None if grid is None else triple("grid", grid)
+
+
+def vmoba(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="vmoba", options={...})``.
+
+    Options: every field of :class:`VMoBAConfig`, ``config`` (a whole one), ``grid``, ``inner``, ``inner_options``,
+    ``strict``, ``expect`` and ``report``, a :class:`Report` that is filled as graphs are compiled and that numbers
+    layers on over graph breaks. ``expect`` counts the sites of one graph, so it wants ``fullgraph=True``.
+    """
+    options = dict(options or {})
+    given: dict[str, Any] = {name: options.pop(name, None) for name in _OWN_OPTIONS}
+    names = {f.name for f in fields(VMoBAConfig)}
+    unknown = sorted(set(options) - names)
+    if unknown:
+        raise ValueError(
+            f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(names | set(_OWN_OPTIONS)))}"
+        )
+    if given["config"] is not None and options:
+        raise ValueError(f"give either config or its fields, not both: {', '.join(sorted(options))}")
+    report = Report() if given["report"] is None else given["report"]
+    before = {id(site) for site in report}
+    rewriter = Rewriter(
+        config=given["config"] or VMoBAConfig(**options),
+        grid=check_grid(given["grid"]),
+        inner=inner_compiler(given["inner"] or "inductor", mode, given["inner_options"]),
+        strict=bool(given["strict"]),
+        report=report,
+    )
+    compiled = rewriter(gm, example_inputs)
+    if given["expect"] is not None:
+        fresh = Report([site for site in report if id(site) not in before])
+        check_coverage(fresh, strict=False, expect=given["expect"])
+    return compiled
+
+
+_OWN_OPTIONS = ("config", "grid", "inner", "inner_options", "strict", "expect", "report")

@@ -1,0 +1,222 @@
+"""``optimize``: wrap a model so that its dense video self-attention runs as VMoBA attention."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
+
+from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler
+from .config import VMoBAConfig
+from .kernels.partition import Triple
+from .passes import InputError, Report, RewriteError
+from .schedule import Schedule
+
+
+def optimize(
+    model: nn.Module,
+    config: VMoBAConfig | Mapping[str, Any] | None = None,
+    *,
+    grid: Triple | None = None,
+    inner: str | Inner = "inductor",
+    strict: bool = False,
+    expect: int | None = None,
+    **compile_kwargs: Any,
+) -> OptimizedModel:
+    """Compile ``model`` with its dense video self-attention replaced by VMoBA attention (arXiv 2506.23858).
+
+    Args:
+        model: any module; inference or training, on one device. It is not changed.
+        config: a :class:`VMoBAConfig`, or a mapping of its fields.
+        grid: (frames, rows, columns) of the video tokens after patching. Found in the graph where it can be; one given
+            here wins and is checked against the token count.
+        inner: the compiler of the rewritten graph: a ``torch.compile`` backend's name or a callable.
+        strict: raise unless every attention that may be over a video is rewritten.
+        expect: raise unless at least so many attentions are rewritten.
+        compile_kwargs: ``fullgraph``, ``dynamic``, ``mode``, ``options`` and the rest, as for ``torch.compile``.
+
+    Returns:
+        A module that behaves as ``torch.compile``'s result does (attributes, ``state_dict``, ``train``/``eval``), with
+        ``dense()`` and ``schedule()`` besides. Graphs are made at the first call.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, unknown or out of range.
+
+    The first call may raise :class:`GridError` (``grid`` contradicts the graph), :class:`CoverageError` (``strict`` or
+    ``expect`` not met) or :class:`InputError` (the model rejects the inputs); it warns where nothing was rewritten.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("model is compiled already; pass the module that torch.compile or optimize was given")
+    if "backend" in compile_kwargs:
+        raise ValueError("optimize is itself the backend; choose the compiler of the rewritten graph with inner=")
+    unknown = sorted(
+        set(compile_kwargs) - set(inspect.signature(torch.compile).parameters) | ({"model"} & set(compile_kwargs))
+    )
+    if unknown:
+        fields = ", ".join(VMoBAConfig.__dataclass_fields__)
+        raise TypeError(
+            f"unknown option {unknown[0]!r}: neither an argument of torch.compile nor of optimize "
+            f"(configuration such as {fields} goes into config=VMoBAConfig(...))"
+        )
+    if expect is not None and (isinstance(expect, bool) or not isinstance(expect, int) or expect < 0):
+        raise ValueError(f"expect must be a number of attentions (int, at least 0) or None, not {expect!r}")
+    settings = {
+        "config": _as_config(config),
+        "grid": check_grid(grid),
+        "inner": inner,
+        "strict": strict,
+        "expect": expect,
+        "compile_kwargs": compile_kwargs,
+    }
+    return OptimizedModel(model, settings)
+
+
+def _as_config(config: VMoBAConfig | Mapping[str, Any] | None) -> VMoBAConfig:
+    if config is None:
+        return VMoBAConfig()
+    if isinstance(config, VMoBAConfig):
+        return config
+    if isinstance(config, Mapping):
+        return VMoBAConfig.from_dict(config)
+    raise TypeError(f"config must be a VMoBAConfig or a mapping of its fields, not {type(config).__name__}")
+
+
+def compile_with(model: nn.Module, backend: Inner, compile_kwargs: Mapping[str, Any]) -> Any:
+    """``torch.compile`` with its own room for recompilations, where this torch offers that."""
+    kwargs = {name: value for name, value in compile_kwargs.items() if name not in ("mode", "options")}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        kwargs.setdefault("isolate_recompiles", True)
+    return torch.compile(model, backend=backend, **kwargs)
+
+
+class OptimizedModel(torch._dynamo.OptimizedModule):
+    """A compiled model with a sparse and a dense graph. Made by :func:`optimize`."""
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
+        kwargs = settings["compile_kwargs"]
+        compiler = inner_compiler(settings["inner"], kwargs.get("mode"), kwargs.get("options"))
+        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"])
+        sparse = compile_with(model, rewriter, kwargs)
+        super().__init__(model, sparse.dynamo_ctx)
+        dense = compile_with(model, compiler, kwargs)
+        # Plain attributes would be set on the wrapped model.
+        object.__setattr__(self, "_vmoba", _State(settings, rewriter, self.forward, dense.forward))
+        self.forward = self._call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._vmoba
+        try:
+            result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, RewriteError):
+                raise error.inner_exception from None
+            raise
+        except TorchRuntimeError as error:
+            raise _input_error(self._orig_mod, (args, kwargs), error) from error
+        if not state.dense and state.checked != state.rewriter.graphs:
+            state.checked = state.rewriter.graphs
+            self._check_coverage()
+        return result
+
+    def _check_coverage(self) -> None:
+        settings, report = self._vmoba.settings, self._vmoba.rewriter.report
+        check_coverage(report, strict=settings["strict"], expect=settings["expect"])
+        if not report.rewritten:
+            name = type(self._orig_mod).__name__
+            found = report.summary() if len(report) else NO_ATTENTION
+            warnings.warn(
+                f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()", UserWarning, stacklevel=5
+            )
+
+    def set_dense(self, dense: bool) -> None:
+        """Use the dense graph (True) or the sparse one (False) from the next call on."""
+        self._vmoba.dense = bool(dense)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within ``with fast.dense():`` the model runs with its own dense attention. Nothing is recompiled."""
+        before = self._vmoba.dense
+        self.set_dense(True)
+        try:
+            yield
+        finally:
+            self.set_dense(before)
+
+    def schedule(self, steps: int | Iterable[Any], dense_steps: float | int | None = None) -> Schedule:
+        """Denoising steps of which the first are dense: a number of steps, or the timesteps themselves.
+
+        ``dense_steps`` is a fraction or a count, the configuration's unless given. See :class:`Schedule`.
+        """
+        config: VMoBAConfig = self._vmoba.settings["config"]
+        if dense_steps is not None:
+            config = VMoBAConfig.from_dict(config.to_dict() | {"dense_steps": dense_steps})
+        if isinstance(steps, int):
+            steps = range(steps)
+        items = steps if isinstance(steps, Sized) else list(steps)
+        return Schedule(self, items, len(items), config.dense_step_count(len(items)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimizedModel, (self._orig_mod, self._vmoba.settings)
+
+
+class _State:
+    """What an OptimizedModel holds beside the model."""
+
+    def __init__(self, settings: dict[str, Any], rewriter: Rewriter, sparse_forward: Any, dense_forward: Any) -> None:
+        self.settings = settings
+        self.rewriter = rewriter
+        self.sparse_forward = sparse_forward
+        self.dense_forward = dense_forward
+        self.dense = False
+        self.checked = 0
+
+
+def report(optimized: nn.Module) -> Report:
+    """What was rewritten so far in a model from :func:`optimize`, or from ``torch.compile(backend="vmoba")`` that was
+    given ``options={"report": Report()}``. Filled at the first call.
+
+    Raises:
+        TypeError: the module was compiled by neither.
+    """
+    if isinstance(optimized, OptimizedModel):
+        return optimized._vmoba.rewriter.report
+    callback: Any = getattr(getattr(optimized, "dynamo_ctx", None), "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    found = getattr(callback, "kwargs", {}).get("options", {}).get("report")
+    if isinstance(found, Report):
+        return found
+    raise TypeError(
+        "no report: pass a model from vmoba_compile.optimize, or compile with "
+        "torch.compile(model, backend='vmoba', options={'report': vmoba_compile.Report()})"
+    )
+
+
+def _input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> InputError:
+    """One sentence for a failure of the model's own code on these inputs."""
+    devices: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(str(parameter.device), []).append(f"parameter {name}")
+    for path, leaf in torch.utils._pytree.tree_flatten_with_path(inputs)[0]:
+        if isinstance(leaf, torch.Tensor):
+            name = torch.utils._pytree.keystr(path[1:]).strip("[]'")
+            devices.setdefault(str(leaf.device), []).append(f"input {name}")
+    if len(devices) > 1:
+        places = "; ".join(f"{names[0]} on {device}" for device, names in devices.items())
+        return InputError(f"model and inputs are on several devices: {places}. Move them to one device.")
+    cause = str(error).split("from user code:")[0].strip()
+    told = [line.split("Explanation:", 1)[1].strip() for line in cause.splitlines() if "Explanation:" in line]
+    frames = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
+    where = f" at {frames[-1]}" if frames else ""
+    return InputError(
+        f"{type(model).__name__} itself rejects these inputs{where}: {told[0] if told else cause}. The plain model "
+        "fails alike; check frames, height and width against the model's position table and patch size."
+    )
