@@ -76,15 +76,21 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], not {list(x.shape)}")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one floating-point dtype; {name} is {x.dtype}, q is {q.dtype}")
+            raise TypeError(
+                f"q, k and v must share one dtype of float16, bfloat16, float32 and float64; {name} is {x.dtype}, "
+                f"q is {q.dtype}"
+            )
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device; {name} is on {x.device}, q on {q.device}")
         if x.shape[0] != q.shape[0] or x.shape[2:] != q.shape[2:]:
             raise ValueError(f"{name} {list(x.shape)} does not match q {list(q.shape)} in batch, tokens or head_dim")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have one shape")
-    if q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the {q.shape[1]} query heads are not a multiple of the {k.shape[1]} key heads")
+    for name, count in (("prefix", geometry.prefix), ("suffix", geometry.suffix)):
+        if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer, not {type(count).__name__}")
     if geometry.prefix < 0 or geometry.suffix < 0:
         raise ValueError(f"prefix and suffix must not be negative, not {geometry.prefix} and {geometry.suffix}")
     if q.shape[2] != geometry.num_tokens:
@@ -99,6 +105,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
             raise ValueError(
                 f"key_mask must be [batch, tokens] = {[q.shape[0], q.shape[2]]}, not {list(key_mask.shape)}"
             )
+        if key_mask.device != q.device:
+            raise ValueError(f"key_mask is on {key_mask.device}, q on {q.device}")
 
 
 def select(
@@ -141,11 +149,11 @@ def select(
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, None, key_mask, geometry)
     mask = _mask_or_empty(q, key_mask)
-    with torch.no_grad():
-        words = torch.ops.vmoba.select(
-            q, k, mask, *geometry.grid, *geometry.block, prefix, suffix,
-            pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0,
-        )  # fmt: skip
+    # Detached rather than under no_grad, which an exported program shows as a nested graph.
+    words = torch.ops.vmoba.select(
+        q.detach(), k.detach(), mask, *geometry.grid, *geometry.block, prefix, suffix,
+        pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0,
+    )  # fmt: skip
     return Selection(words, geometry)
 
 
@@ -180,13 +188,14 @@ def attention(
     Raises:
         ValueError, TypeError: an argument is out of range, of the wrong type, or does not fit the others.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, v, key_mask, geometry)
     selection = select(
-        q.detach(), k.detach(), grid, block=block, prefix=prefix, suffix=suffix, key_mask=key_mask,
+        q, k, grid, block=block, prefix=prefix, suffix=suffix, key_mask=key_mask,
         pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity,
     )  # fmt: skip
     return torch.ops.vmoba.attention(

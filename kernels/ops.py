@@ -8,6 +8,7 @@ All are functional, return contiguous tensors and take Tensor, int, float, bool 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ def _geometry(t: int, h: int, w: int, bt: int, bh: int, bw: int, prefix: int, su
     return Geometry((t, h, w), (bt, bh, bw), prefix, suffix)
 
 
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones."""
+
+    @wraps(implementation)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def _select_reference(
     q: Tensor, k: Tensor, key_mask: Tensor, *sizes: int, pool: str, mode: str, threshold: float, topk: int
 ) -> Tensor:
@@ -32,12 +45,14 @@ def _select_reference(
     )
 
 
+@_without_autocast
 def _attention_reference(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     return reference_attention.attention(q, k, v, selected, key_mask, _geometry(*sizes), scale)
 
 
+@_without_autocast
 def _attention_backward_reference(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, lse: Tensor, delta: Tensor,
     *sizes: int, scale: float,

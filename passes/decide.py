@@ -8,11 +8,23 @@ import torch
 from torch import fx
 
 from .errors import GridError
+from .names import name_of
 from .recognise import AttentionCall, module_path
 from .report import Reason
-from .rules import name_of
-from .sizes import ONE, Size, add, multiply, same, shape_of, size_of, value_of
-from .tokens import Axes, Axis, Origin, axis_size, claims, describe, factors, raster_of, segment_size
+from .sizes import ONE, Size, add, memory_of, multiply, same, shape_of, size_of, value_of
+from .tokens import (
+    Axes,
+    Axis,
+    Origin,
+    axis_size,
+    claims,
+    describe,
+    factors,
+    is_mixed,
+    raster_of,
+    segment_size,
+    unknowns,
+)
 from .track import Scope, Tracking
 
 
@@ -37,11 +49,16 @@ class Decision:
 
 def decide(call: AttentionCall, scope: Scope, tracking: Tracking, grid: tuple[int, int, int] | None) -> Decision:
     """Prove that the call attends all to all among the tokens of one video grid and of conditions beside it."""
-    query, key, value = (scope.axes_of(node) or () for node in (call.query, call.key, call.value))
-    if any(len(axes) != 4 for axes in (query, key, value)):
-        return Decision(
-            Reason.LAYOUT, f"query has {len(query)} dimensions; only [batch, heads, tokens, head_dim] is understood"
-        )
+    for name, node in (("query", call.query), ("key", call.key), ("value", call.value)):
+        rank = len(shape_of(node) or [])
+        if rank != 4:
+            return Decision(
+                Reason.LAYOUT, f"{name} has {rank} dimensions; only [batch, heads, tokens, head_dim] is understood"
+            )
+    query, key, value = (
+        scope.axes_of(node) or unknowns(shape_of(node) or [], scope.label + node.name)
+        for node in (call.query, call.key, call.value)
+    )
     decision = _find_video(query, key, tracking, grid)
     if decision.layout is None:
         return decision
@@ -57,21 +74,25 @@ def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int
         index, raster = rasters[0]
         evidence = _evidence(tracking, raster.source)
         if grid is not None:
+            if not axis_size(tokens).static:
+                return _dynamic(tokens)
             _check_given(grid, multiply(list(raster.sizes)), evidence)
         layout = _layout(tokens, index, raster.sizes if grid is None else _sizes(grid), evidence)
         if grid is not None:
             layout = replace(layout, evidence=f"grid= given, at {evidence}")
         return Decision(Reason.REWRITTEN, layout=layout)
-    if claims(tokens):
+    if claims(tokens) and claims(key[2]):
         return _not_a_raster(tokens)
-    if claims(query[0]) or claims(query[1]):
+    if not claims(tokens) and (claims(query[0]) or claims(query[1])):
         return Decision(
             Reason.FACTORISED, "frames, rows or columns are folded into the batch: each sequence is a part of the video"
         )
-    if tokens != key[2] and not same(axis_size(tokens), axis_size(key[2])):
-        return Decision(Reason.CROSS_ATTENTION, f"queries are {describe(tokens)}, keys are {describe(key[2])}")
+    if claims(tokens) or claims(key[2]) or not same(axis_size(tokens), axis_size(key[2])):
+        return _other_tokens(tokens, key[2], "keys")
     if grid is not None:
         index = _segment_of_size(tokens, multiply(list(_sizes(grid))))
+        if index is not None and not axis_size(tokens).static:
+            return _dynamic(tokens)
         if index is not None:
             return Decision(Reason.REWRITTEN, layout=_layout(tokens, index, _sizes(grid), "grid= given"))
     return _no_grid(tokens, tracking, grid)
@@ -100,6 +121,13 @@ def _no_grid(tokens: Axis, tracking: Tracking, grid: tuple[int, int, int] | None
     )
 
 
+def _dynamic(tokens: Axis) -> Decision:
+    return Decision(
+        Reason.DYNAMIC_GRID,
+        f"grid= is for one size, but the {axis_size(tokens)} tokens are symbolic; compile with dynamic=False",
+    )
+
+
 def _check_given(grid: tuple[int, int, int], found: Size, evidence: str) -> None:
     given = grid[0] * grid[1] * grid[2]
     if found.hint != given:
@@ -111,10 +139,12 @@ def _check_given(grid: tuple[int, int, int], found: Size, evidence: str) -> None
 
 def _obstacle(call: AttentionCall, query: Axes, key: Axes, value: Axes) -> Decision | None:
     """What forbids the rewrite although the queries are video tokens."""
-    if key[2] != query[2]:
-        return Decision(Reason.CROSS_ATTENTION, f"queries are {describe(query[2])}, keys are {describe(key[2])}")
-    if value[2] != key[2]:
-        return Decision(Reason.NO_GRID, f"keys are {describe(key[2])}, but values are {describe(value[2])}")
+    if not _aligned(key[2], query[2]):
+        return _other_tokens(query[2], key[2], "keys")
+    if not _aligned(value[2], query[2]):
+        return _other_tokens(query[2], value[2], "values")
+    if unequal := _unequal(call):
+        return Decision(Reason.LAYOUT, unequal)
     if call.causal:
         return Decision(Reason.CAUSAL, "is_causal=True: each token sees only those before it")
     if call.dropout > 0:
@@ -127,14 +157,64 @@ def _obstacle(call: AttentionCall, query: Axes, key: Axes, value: Axes) -> Decis
     return None
 
 
+def _other_tokens(tokens: Axis, others: Axis, name: str) -> Decision:
+    """Cross-attention, or a self-attention one side of which was lost sight of: told apart, for that one is a loss."""
+    detail = f"queries are {describe(tokens)}, {name} are {describe(others)}"
+    if same(axis_size(tokens), axis_size(others)):
+        if is_mixed(tokens) or is_mixed(others):
+            return Decision(Reason.NOT_RASTER, detail)
+        lost = any(f.role is None and f.origin is Origin.OPERATOR for axis in (tokens, others) for f in factors(axis))
+        if lost or name == "values":
+            return Decision(Reason.NO_GRID, f"{detail}: not proven to be the same tokens")
+    return Decision(Reason.CROSS_ATTENTION, detail)
+
+
+def _aligned(tokens: Axis, video: Axis) -> bool:
+    """True for the same sequence. Conditions beside a proven grid are seen by all, so that only their sizes matter."""
+    if tokens == video:
+        return True
+    return (
+        len(tokens) == len(video)
+        and all(
+            x == y or (not claims((x,)) and not claims((y,)) and same(segment_size(x), segment_size(y)))
+            for x, y in zip(tokens, video, strict=True)
+        )
+        and any(raster_of(segment) for segment in video)
+    )
+
+
+def _unequal(call: AttentionCall) -> str | None:
+    """What the dense operator broadcasts and the sparse one does not."""
+    query, key, value = (shape_of(node) or [] for node in (call.query, call.key, call.value))
+    if not all(same(query[0], other[0]) for other in (key, value)):
+        return f"batch sizes of query, key and value differ: {query[0]}, {key[0]}, {value[0]}"
+    if not same(query[3], value[3]) or not query[3].static:
+        return f"head sizes must be equal numbers: query has {query[3]}, value {value[3]}"
+    heads = (query[1], key[1], value[1])
+    if not same(key[1], value[1]) or not all(size.static for size in heads) or query[1].hint % key[1].hint:
+        return f"numbers of heads must divide: query has {heads[0]}, key {heads[1]}, value {heads[2]}"
+    return None
+
+
 def key_mask_dims(mask: fx.Node) -> int | None:
     """Rank of the mask where it is bool and the same for every head and query, None otherwise."""
     value = value_of(mask)
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() not in (2, 4):
         return None
     sizes, strides = shape_of(mask) or [], value.stride()
-    shared = [same(size, ONE) or (type(strides[dim]) is int and strides[dim] == 0) for dim, size in enumerate(sizes)]
+    expanded = [type(stride) is int and stride == 0 and not _given_expanded(mask) for stride in strides]
+    shared = [same(size, ONE) or expanded[dim] for dim, size in enumerate(sizes)]
     return value.dim() if all(shared[-3:-1]) else None
+
+
+def _given_expanded(mask: fx.Node) -> bool:
+    """True where the mask is a graph input, or a view of one: an exported program may get other strides at its run."""
+    memory = memory_of(value_of(mask))
+    return memory is None or any(
+        isinstance(given := value_of(node), torch.Tensor) and memory_of(given) == memory and 0 in given.stride()
+        for node in mask.graph.nodes
+        if node.op == "placeholder"
+    )
 
 
 def _shape_text(node: fx.Node) -> str:

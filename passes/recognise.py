@@ -9,13 +9,31 @@ from typing import cast
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
-from .rules import is_elementwise, name_of
+from .names import is_elementwise, name_of
 from .sizes import shape_of
 
 SDPA = "scaled_dot_product_attention"
 OPAQUE = ("multi_head_attention_forward", "_native_multi_head_attention", "flex_attention")
+# Lowered attention of ATen, and other libraries' operators.
+_LIBRARY = re.compile(r"^_scaled_dot_product|::.*(flash_attn|flash_attention|sage_?attn|efficient_attention|attn_fwd)")
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-_ON_THE_WAY = ("to", "float", "type_as", "masked_fill", "view", "reshape", "softmax", "transpose", "dropout")
+_ON_THE_WAY = (
+    "to",
+    "float",
+    "type_as",
+    "masked_fill",
+    "view",
+    "reshape",
+    "softmax",
+    "transpose",
+    "dropout",
+    "expand",
+    "clone",
+    "_unsafe_view",
+    "_to_copy",
+    "contiguous",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +53,9 @@ class AttentionCall:
 def spelling(node: fx.Node) -> str | None:
     """How this node spells attention: an operator's name, "softmax" for one written out by hand, or None."""
     name = name_of(node)
-    if name == SDPA or name in OPAQUE:
+    if name == SDPA or name in OPAQUE or _LIBRARY.search(name):
         return name
-    return "softmax" if name in ("softmax", "_softmax") and _is_handwritten(node) else None
+    return "softmax" if name in _SOFTMAX and _is_handwritten(node) else None
 
 
 def _is_handwritten(node: fx.Node) -> bool:
@@ -97,12 +115,12 @@ def plain_path(spelled: str) -> str:
     ``L['self']._modules['blocks'][0].attn1`` and hooks' ``…forward.__closure__[0].cell_contents…`` give
     ``blocks.0.attn1``.
     """
-    tail = spelled.rsplit("cell_contents", 1)[-1]
-    parts = re.findall(r"\[['\"]?([^'\"\]]+)['\"]?\]|([A-Za-z_0-9]+)", tail)
+    spelled = re.sub(r"(\.forward)?\.__closure__\[\d+\]\.cell_contents(\.__self__)?", "", spelled)
+    parts = re.findall(r"\[['\"]?([^'\"\]]+)['\"]?\]|([A-Za-z_0-9]+)", spelled)
     names = [quoted or bare for quoted, bare in parts]
-    while names and names[0] in ("L", "G", "self", "fn", "args", "_orig_mod", "__self__", "mod", "model_self"):
-        names.pop(0)
-    skip = {"_modules", "__dict__", "forward", "__func__", "__wrapped__", "_orig_mod"}
+    if names and names[0] in ("L", "G"):  # a frame's local or global variable, and the variable's name
+        names = names[2:]
+    skip = {"_modules", "__dict__", "__self__", "__func__", "__wrapped__", "_orig_mod"}
     return ".".join(name for name in names if name not in skip)
 
 

@@ -37,8 +37,8 @@ class Builder:
             node.meta[self.key] = target(*real_args, **real_kwargs)
         return node
 
-    def number(self, size: Size) -> Number | None:
-        """The size as an int, or as a node that computes it from a shape at hand; None where no shape holds it."""
+    def find(self, size: Size) -> Number | tuple[fx.Node, int] | None:
+        """The size as an int, as a node that is it, or as a tensor and its dimension; None where no shape holds it."""
         if isinstance(size.expr, int):
             return size.expr
         for node in self.graph.nodes:
@@ -49,21 +49,25 @@ class Builder:
                 return node
             for dim, extent in enumerate(shape_of(node) or []):
                 if not extent.static and same(extent, size):
-                    with self.graph.inserting_after(node):
-                        found = self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                    found.meta[self.key] = value.shape[dim]  # type: ignore[union-attr]
-                    return found
+                    return node, dim
         return None
+
+    def number(self, size: Size) -> Number:
+        found = self.find(size)
+        assert found is not None
+        return self.call(torch.ops.aten.sym_size.int, *found) if isinstance(found, tuple) else found
 
 
 def numbers(builder: Builder, layout: Layout) -> list[Number] | None:
     """Grid, prefix and suffix as graph arguments, None where a symbolic size cannot be had at this place."""
-    found = [builder.number(size) for size in (*layout.grid, layout.prefix, layout.suffix)]
-    return None if any(number is None for number in found) else [n for n in found if n is not None]
+    sizes = (*layout.grid, layout.prefix, layout.suffix)
+    if any(builder.find(size) is None for size in sizes):
+        return None
+    return [builder.number(size) for size in sizes]
 
 
 def replace_attention(
-    call: AttentionCall, builder: Builder, sizes: list[Number], block: tuple[int, int, int], selection: dict[str, Any]
+    call: AttentionCall, builder: Builder, sizes: list[Number], block: list[Number], selection: dict[str, Any]
 ) -> None:
     """Replace ``call`` by select and attend. ``selection`` holds pool, mode, threshold and topk."""
     out = value_of(call.node)
@@ -72,13 +76,15 @@ def replace_attention(
     mask = _key_mask(builder, call)
     *grid, prefix, suffix = sizes
     places = (*grid, *block, prefix, suffix)
-    head_dim = size_of(out.shape[-1]).hint
-    scale = float(head_dim**-0.5 if call.scale is None else call.scale)
+    head_dim = (shape_of(call.query) or [])[-1]  # a number: nothing else is rewritten
+    scale = float(head_dim.hint**-0.5 if call.scale is None else call.scale)
     selected = builder.call(SELECT, query, key, mask, *places, **selection)
     both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale)
     result = builder.call(operator.getitem, both, 0)
     call.node.replace_all_uses_with(result)
+    name = call.node.name
     builder.graph.erase_node(call.node)
+    result.name = name  # the signature of an exported program names its outputs
 
 
 def _cast(builder: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -92,11 +98,11 @@ def _key_mask(builder: Builder, call: AttentionCall) -> fx.Node:
     if call.mask is None:
         return builder.call(torch.ops.aten.new_empty.default, call.query, [0], dtype=torch.bool)
     mask = call.mask
-    for _ in range(1, key_mask_dims(mask) or 1):  # [B, 1, 1, S] or [1, S]: drop the shared dimensions
-        dim = 1 if len(shape_of(mask) or []) > 2 else None
-        if dim is None:
-            break
-        mask = builder.call(torch.ops.aten.select.int, mask, dim, 0)
+    if key_mask_dims(mask) == 4:  # [B, 1, 1, S]
+        mask = builder.call(torch.ops.aten.select.int, mask, 1, 0)
+        mask = builder.call(torch.ops.aten.select.int, mask, 1, 0)
+    else:  # [1, S]
+        mask = builder.call(torch.ops.aten.slice.Tensor, mask, 0, 0, 1)
     sizes = shape_of(call.query) or []
     batch, tokens = builder.number(sizes[0]), builder.number(sizes[2])
     return builder.call(torch.ops.aten.expand.default, mask, [batch, tokens])

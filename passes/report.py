@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -65,7 +65,7 @@ class Site:
     prefix: int | str = 0
     suffix: int | str = 0
     scheme: str | None = None
-    block: tuple[int, int, int] | None = None
+    block: tuple[int | str, ...] | None = None
     evidence: str = ""
     dense_flops: int = 0
     density_bound: float | None = None
@@ -73,6 +73,14 @@ class Site:
     @property
     def rewritten(self) -> bool:
         return self.reason is Reason.REWRITTEN
+
+    @property
+    def layout(self) -> str:
+        """The sequence in short: "226+13x30x45" is 226 condition tokens before a grid, "512" tokens without a grid."""
+        if self.grid is None:
+            return str(self.tokens)
+        parts = [str(self.prefix), "x".join(map(str, self.grid)), str(self.suffix)]
+        return "+".join(part for part in parts if part != "0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"reason": self.reason.value}
@@ -87,6 +95,9 @@ class Site:
         return cls(**fields)
 
 
+SiteKey = tuple[str, str, int]  # module path, source line, and how many sites of those came before in the graph
+
+
 class Layers:
     """Layer numbers, in execution order of the sites over a whole model.
 
@@ -95,10 +106,10 @@ class Layers:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[str, int], int] = {}
+        self._numbers: dict[SiteKey, int] = {}
 
-    def number(self, path: str, occurrence: int) -> int:
-        return self._numbers.setdefault((path, occurrence), len(self._numbers))
+    def number(self, key: SiteKey) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
 
 
 @dataclass
@@ -174,22 +185,19 @@ class Report:
         from rich.table import Table
 
         table = Table(show_edge=False, pad_edge=False)
-        for title, justify in (
-            ("layer", "right"), ("module", "left"), ("tokens", "right"), ("heads", "right"), ("grid", "left"),
-            ("before+after", "left"), ("scheme", "left"), ("block", "left"), ("verdict", "left"), ("why", "left"),
-        ):  # fmt: skip
-            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for title in ("layer", "module", "heads", "tokens", "block", "verdict"):
+            table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
+        table.add_column("why")
         for site in self.sites:
+            block = "x".join(map(str, site.block)) if site.block else ""
+            colour = "green" if site.rewritten else "yellow"
             table.add_row(
                 "" if site.layer is None else str(site.layer),
-                site.path,
-                str(site.tokens),
+                site.path or "(top)",
                 f"{site.heads}x{site.head_dim}",
-                "x".join(map(str, site.grid)) if site.grid else "",
-                f"{site.prefix}+{site.suffix}" if site.grid else "",
-                site.scheme or "",
-                "x".join(map(str, site.block)) if site.block else "",
-                f"[green]{site.reason.value}[/]" if site.rewritten else f"[yellow]{site.reason.value}[/]",
+                site.layout,
+                f"{site.scheme} {block}" if site.scheme else "",
+                f"[{colour}]{site.reason.value}[/]",
                 site.evidence if site.rewritten else site.detail,
             )
         return table
@@ -204,12 +212,15 @@ class Report:
         return console.export_html() if html else console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def _keys(sites: list[Site]) -> list[tuple[str, str, int]]:
-    """Sites told apart by module path, source line and how many of those came before."""
+def site_keys(places: Iterable[tuple[str, str]]) -> list[SiteKey]:
+    """Sites, given by module path and source line, told apart from each other."""
     seen: Counter[tuple[str, str]] = Counter()
     keys = []
-    for site in sites:
-        key = (site.path, site.source)
-        keys.append((*key, seen[key]))
-        seen[key] += 1
+    for place in places:
+        keys.append((*place, seen[place]))
+        seen[place] += 1
     return keys
+
+
+def _keys(sites: list[Site]) -> list[SiteKey]:
+    return site_keys((site.path, site.source) for site in sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from .decide import Decision, decide
 from .recognise import SDPA, AttentionCall, attention_call, module_path, source_line, spelling
 from .replace import Builder, numbers, replace_attention
-from .report import Layers, Reason, Report, Site
+from .report import Layers, Reason, Report, Site, SiteKey, site_keys
 from .sizes import Size, shape_of, value_of
 from .track import Scope, Tracking, track
 
@@ -29,8 +30,8 @@ class Policy(Protocol):
     def least_tokens(self, device_type: str) -> int:
         """Sequences shorter than this stay dense."""
 
-    def block_for(self, layer: int, grid: Triple) -> tuple[str, Triple]:
-        """Scheme and block size of a layer."""
+    def block_for(self, layer: int, grid: Triple) -> tuple[str, tuple[int | None, int | None, int | None]]:
+        """Scheme and block size of a layer; None is a whole axis."""
 
 
 def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, layers: Layers | None = None) -> Report:
@@ -51,19 +52,17 @@ def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, l
     """
     layers = Layers() if layers is None else layers
     tracking = track(gm, lambda node: spelling(node) is not None)
-    occurrences: dict[str, int] = {}
+    keys = site_keys((module_path(node), source_line(node)) for _, node in tracking.order)
     plan: list[tuple[Scope, fx.Node, AttentionCall | None, Decision]] = []
     for scope, node in tracking.order:
         call = attention_call(node) if spelling(node) == SDPA else None
         plan.append((scope, node, call, _decide(call, node, scope, tracking, grid)))
 
     report = Report()
-    for scope, node, call, decision in plan:
-        path = module_path(node)
+    for key, (scope, node, call, decision) in zip(keys, plan, strict=True):
         facts = _facts(node, call, decision)
         if call is not None and decision.reason is Reason.REWRITTEN:
-            occurrence = occurrences[path] = occurrences.get(path, -1) + 1
-            site = _apply(call, scope, decision, config, layers, path, occurrence, facts)
+            site = _apply(call, scope, decision, config, layers, key, facts)
         else:
             site = Site(reason=decision.reason, detail=decision.detail, **facts)
         report.sites.append(site)
@@ -78,10 +77,12 @@ def _decide(
     call: AttentionCall | None, node: fx.Node, scope: Scope, tracking: Tracking, grid: Triple | None
 ) -> Decision:
     if call is None:
-        return Decision(
-            Reason.SPELLING,
-            f"attention spelled as {spelling(node)} is not understood; call F.scaled_dot_product_attention instead",
+        remedy = (
+            "its arguments are no plain tensors and numbers (a scale or dropout_p that is itself computed?)"
+            if spelling(node) == SDPA
+            else "call F.scaled_dot_product_attention instead"
         )
+        return Decision(Reason.SPELLING, f"attention spelled as {spelling(node)} is not understood; {remedy}")
     decision = decide(call, scope, tracking, grid)
     if decision.reason is Reason.REWRITTEN and scope.calls > 1:
         return Decision(
@@ -97,8 +98,7 @@ def _apply(
     decision: Decision,
     config: Policy,
     layers: Layers,
-    path: str,
-    occurrence: int,
+    key: SiteKey,
     facts: dict[str, Any],
 ) -> Site:
     """Carry out a legal rewrite, unless the configuration keeps this site dense."""
@@ -112,9 +112,9 @@ def _apply(
             detail=f"{tokens} tokens are fewer than min_tokens={least}, below which dense attention is faster",
             **facts,
         )
-    layer = layers.number(path, occurrence)
+    layer = layers.number(key)
     hints = (layout.grid[0].hint, layout.grid[1].hint, layout.grid[2].hint)
-    scheme, block = config.block_for(layer, hints)
+    scheme, steps = config.block_for(layer, hints)
     facts |= {"layer": layer}
     if layer in config.dense_layers:
         return Site(reason=Reason.DENSE_LAYER, detail=f"layer {layer} is in dense_layers", **facts)
@@ -129,22 +129,23 @@ def _apply(
     selection = {
         "pool": config.pool, "mode": config.mode, "threshold": float(config.threshold), "topk": config.topk or 0
     }  # fmt: skip
+    block = [extent if step is None else step for step, extent in zip(steps, sizes[:3], strict=True)]
     replace_attention(call, builder, sizes, block, selection)
     return Site(
         reason=Reason.REWRITTEN,
         detail="",
         scheme=scheme,
-        block=block,
-        density_bound=_density_bound(config, hints, block),
+        block=tuple(_plain(extent) if step is None else step for step, extent in zip(steps, layout.grid, strict=True)),
+        density_bound=_density_bound(config, hints, steps),
         **facts,
     )
 
 
-def _density_bound(config: Policy, grid: Triple, block: Triple) -> float:
+def _density_bound(config: Policy, grid: Triple, steps: tuple[int | None, ...]) -> float:
     """Largest fraction of (query, box) entries kept: the query's own box, and the share that the rule may add."""
     boxes = 1
-    for extent, step in zip(grid, block, strict=True):
-        boxes *= -(-extent // step)
+    for extent, step in zip(grid, steps, strict=True):
+        boxes *= -(-extent // step) if step else 1
     if config.mode == "topk":
         return min(config.topk or 1, boxes) / boxes
     return min(1.0, 1 / boxes + config.threshold)
@@ -195,6 +196,13 @@ def _unentered(tracking: Tracking) -> list[Site]:
             source=source_line(node),
         )
         for _, caller, graph in tracking.unentered
-        for node in graph.graph.nodes
-        if node.op in ("call_function", "call_method") and spelling(node)
+        for node in _all_calls(graph)
+        if spelling(node)
     ]
+
+
+def _all_calls(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Calls of a graph and of the graphs that it holds."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from (node for node in module.graph.nodes if node.op in ("call_function", "call_method"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,29 @@ def subtract(a: Size, b: Size) -> Size:
     return _normal(sympy.Integer(0) + a.expr - b.expr, a.hint - b.hint)
 
 
+def quotient(a: Size, b: Size) -> Size:
+    return _normal(sympy.sympify(a.expr) / b.expr, a.hint // b.hint)
+
+
 def same(a: Size, b: Size) -> bool:
     """True where the sizes are equal for every value of the symbols."""
     if a.static and b.static:
         return a.expr == b.expr
-    return bool(a.expr == b.expr or sympy.expand(a.expr - b.expr) == 0)
+    return bool(a.expr == b.expr or sympy.expand(a.expr - b.expr) == 0 or _vanishes(sympy.sympify(a.expr - b.expr)))
+
+
+@lru_cache(maxsize=4096)
+def _vanishes(expr: sympy.Expr) -> bool:
+    """True where the difference is 0 once divisions that leave no rest are carried out: ``(b*b*t)//b`` is ``b*t``."""
+    if not expr.has(FloorDiv):
+        return False
+
+    def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        exact = sympy.cancel(a / b)
+        whole = exact.is_polynomial(*exact.free_symbols, *exact.atoms(FloorDiv)) and sympy.denom(exact) == 1
+        return exact if whole else FloorDiv(a, b)
+
+    return sympy.expand(expr.replace(FloorDiv, divide)) == 0
 
 
 def _normal(expr: int | sympy.Expr, hint: int) -> Size:
@@ -68,6 +88,16 @@ def value_of(node: fx.Node) -> object:
     """The example value of a node: ``example_value`` in a Dynamo graph, ``val`` in an exported program."""
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def memory_of(value: object) -> int | None:
+    """A number for the memory that a tensor lies in; None where it has none of its own, as under vmap."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def shape_of(node: fx.Node) -> list[Size] | None:

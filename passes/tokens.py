@@ -1,19 +1,20 @@
 """The type that token tracking gives to a tensor: for each axis, what its positions mean.
 
 An axis is a concatenation of segments, a segment a row-major product of factors. A factor is one run of positions: the
-frames, rows or columns of one video grid, or something unknown that is merely told apart by where it came from. So a
-patch embedding's output is ``[B][C][frame][row][column]``; flattened and transposed it is ``[B][frame.row.column][C]``;
-after joining text it is ``[B][text | frame.row.column][C]``. Everything here is arithmetic on such types; what each
-operator does to them stands in :mod:`.rules`.
+frames, rows or columns of one video grid, video tokens in an order that was lost ("mixed"), or something unknown that
+is merely told apart by where it came from. So a patch embedding's output is ``[B][C][frame][row][column]``; flattened
+and transposed it is ``[B][frame.row.column][C]``; after joining text it is ``[B][text | frame.row.column][C]``.
+Everything here is arithmetic on such types; what each operator does to them stands in :mod:`.rules`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from .sizes import ONE, Size, add, multiply, same, size_of, subtract
+from .sizes import ONE, Size, add, multiply, quotient, same, size_of, subtract
 
 
 class Origin(IntEnum):
@@ -26,16 +27,19 @@ class Origin(IntEnum):
 
 @dataclass(frozen=True)
 class Factor:
-    """``size`` consecutive positions. ``role`` is "frame", "row" or "column" of the grid ``source``, or None."""
+    """``size`` consecutive positions. ``role`` is "frame", "row", "column" (of grid ``source``), "mixed" or None."""
 
     size: Size
     role: str | None
     source: str
     origin: Origin = Origin.OPERATOR
     part: tuple[Segment, Size] | None = None  # a cut of that segment, starting at that position
+    folded: str | None = None  # the conv2d grid over whose batch it runs: these may be its frames
 
     def __str__(self) -> str:
-        return f"{self.role or self.source}:{self.size}"
+        if self.role == MIXED:
+            return f"tokens in unknown order after {self.source}:{self.size}"
+        return f"{self.role or plain_source(self.source)}:{self.size}"
 
 
 Segment = tuple[Factor, ...]
@@ -43,6 +47,8 @@ Axis = tuple[Segment, ...]
 Axes = tuple[Axis, ...]
 
 ROLES = ("frame", "row", "column")
+MIXED = "mixed"
+NONE = Size(0, 0)
 UNIT: Axis = ((),)
 
 
@@ -55,9 +61,26 @@ def unknowns(sizes: Sequence[Size], source: str, origin: Origin = Origin.OPERATO
     return tuple(unknown(size, f"{source}[{dim}]", origin) for dim, size in enumerate(sizes))
 
 
+def plain_source(source: str) -> str:
+    """A graph input's name as its user knows it; sources keep the whole name, which is unique."""
+    return re.sub(r"^l_((kw)?args?_|self_)?|_(?=\[|$)", "", source, flags=re.IGNORECASE) or source
+
+
+def mixed(axes: Sequence[Axis], size: Size, source: str) -> Axis:
+    """An axis made of ``axes``, whose order was lost. Video tokens among them are not forgotten: they are mixed."""
+    if not any(ordered(axis) for axis in axes) or same(size, ONE):
+        return unknown(size, source)
+    return ((Factor(size, MIXED, source),),)
+
+
 def grid_axis(size: Size, role: str, source: str) -> Axis:
     """One axis of a video grid, as a patch embedding makes it."""
     return ((Factor(size, role, source),),)
+
+
+def fold(batch: Axis, source: str) -> Axis:
+    """The batch of a conv2d: the frames of its grid may be folded into it."""
+    return tuple(tuple(replace(factor, folded=source) for factor in segment) for segment in batch)
 
 
 def segment_size(segment: Segment) -> Size:
@@ -78,20 +101,54 @@ def claims(axis: Axis) -> bool:
     return any(f.role is not None or (f.part is not None and claims((f.part[0],))) for f in factors(axis))
 
 
+def ordered(axis: Axis) -> bool:
+    """True where the order of the positions matters: video tokens, or a batch that may hold frames."""
+    return claims(axis) or any(f.folded for f in factors(axis))
+
+
+def is_mixed(axis: Axis) -> bool:
+    """True where any position is a video token whose place is not known."""
+    return any(f.role == MIXED or (f.part is not None and is_mixed((f.part[0],))) for f in factors(axis))
+
+
 def join(a: Axis, b: Axis, source: str) -> Axis:
-    """The axis of an elementwise result: the better known of the two, unknown where they contradict each other."""
+    """The axis of an elementwise result: the better known of the two, mixed where they contradict each other.
+
+    What is added to tokens in a known order stands in that order, whatever was known of it before.
+    """
     if a == b or axis_size(b) == ONE:
         return a
     if axis_size(a) == ONE:
         return b
-    known_a, known_b = claims(a), claims(b)
-    if known_a and known_b:
+    placed_a, placed_b = (claims(axis) and not is_mixed(axis) for axis in (a, b))
+    if placed_a and placed_b:
+        if _like(a, b):
+            return a
         if len(a) == len(b) > 1 and all(same(segment_size(x), segment_size(y)) for x, y in zip(a, b, strict=True)):
             return tuple(join((x,), (y,), source)[0] for x, y in zip(a, b, strict=True))
-        return unknown(axis_size(a), f"contradiction at {source}")
-    if known_a or known_b:
-        return a if known_a else b
-    return max(a, b, key=lambda axis: (len(axis), min((f.origin for f in factors(axis)), default=Origin.CONSTANT)))
+        return mixed((a, b), axis_size(a), source)
+    if placed_a or placed_b:
+        return a if placed_a else b
+    if claims(a) and claims(b):
+        return mixed((a, b), axis_size(a), source)
+    if claims(a) or claims(b):
+        return a if claims(a) else b
+    return max(a, b, key=_knowledge)
+
+
+def _like(a: Axis, b: Axis) -> bool:
+    """True for two grids of the same sizes: embeddings of two videos that are added frame by frame, row by row."""
+
+    def shape(axis: Axis) -> list[list[tuple[str | None, Size]]] | None:
+        plain = all(f.role in ROLES and f.part is None for f in factors(axis))
+        return [[(f.role, f.size) for f in segment] for segment in axis] if plain else None
+
+    return shape(a) == shape(b) is not None
+
+
+def _knowledge(axis: Axis) -> tuple[bool, int, int]:
+    origins = [f.origin for f in factors(axis)]
+    return any(f.folded for f in factors(axis)), len(axis), min(origins, default=Origin.CONSTANT)
 
 
 def join_all(operands: Sequence[Axes], sizes: Sequence[Size], source: str) -> Axes:
@@ -102,21 +159,23 @@ def join_all(operands: Sequence[Axes], sizes: Sequence[Size], source: str) -> Ax
         for axes in operands:
             index = dim - (len(sizes) - len(axes))
             if index >= 0:
-                axis = join(axis, axes[index], source)
+                axis = join(axis, axes[index], f"{source}[{dim}]")
         result.append(axis if same(axis_size(axis), size) else unknown(size, f"{source}[{dim}]"))
     return tuple(result)
 
 
 def concatenate(parts: Sequence[Axis]) -> Axis:
-    """Axes laid end to end; neighbouring cuts of one segment grow together again."""
+    """Axes laid end to end; neighbouring cuts of one segment grow together again, empty ones vanish."""
     segments: list[Segment] = []
     for segment in (s for axis in parts for s in axis):
+        if segment_size(segment) == NONE:
+            continue
         merged = _merge_parts(segments[-1], segment) if segments else None
         if merged is None:
             segments.append(segment)
         else:
             segments[-1] = merged
-    return tuple(segments)
+    return tuple(segments) or unknown(NONE, "nothing")
 
 
 def _merge_parts(left: Segment, right: Segment) -> Segment | None:
@@ -132,21 +191,36 @@ def _merge_parts(left: Segment, right: Segment) -> Segment | None:
 
 
 def cut(axis: Axis, start: Size, length: Size, source: str) -> Axis:
-    """``length`` positions of the axis from ``start`` on."""
+    """``length`` positions of the axis from ``start`` on; mixed where symbolic sizes do not prove which those are."""
     segments: list[Segment] = []
-    position, end = Size(0, 0), add([start, length])
+    position, end, skipped = Size(0, 0), add([start, length]), Size(0, 0)
     for segment in axis:
         size = segment_size(segment)
         after = add([position, size])
         low = start if start.hint > position.hint else position
         high = end if end.hint < after.hint else after
+        if not segments:
+            skipped = position
         if same(low, position) and same(high, after):
             segments.append(segment)
         elif high.hint > low.hint:
+            if not segments:
+                skipped = low
             segments.append(_part(segment, subtract(low, position), subtract(high, low), source))
         position = after
     found = tuple(segments) or UNIT
-    return found if same(axis_size(found), length) else unknown(length, source)
+    exact = same(axis_size(found), length) and (not segments or same(skipped, start))
+    return found if exact else mixed((axis,), length, source)
+
+
+def splice(axis: Axis, start: Size, other: Axis, source: str) -> Axis:
+    """The axis with the positions from ``start`` on overwritten by ``other``."""
+    end = add([start, axis_size(other)])
+    parts = [cut(axis, Size(0, 0), start, source)] if start.hint else []
+    rest = subtract(axis_size(axis), end)
+    after = [cut(axis, end, rest, source)] if rest.hint else []
+    found = concatenate([*parts, other, *after])
+    return found if same(axis_size(found), axis_size(axis)) else mixed((axis, other), axis_size(axis), source)
 
 
 def _part(segment: Segment, start: Size, length: Size, source: str) -> Segment:
@@ -179,9 +253,21 @@ def reshape(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
                 want = multiply([want, sizes[j]])
                 j += 1
             else:  # not provably the same elements
-                return (*result, *unknowns(sizes[len(result) :], source))
+                return (*result, *_lost(axes[first_in:], sizes[len(result) :], f"{source}[{first_out}]"))
+        while i < len(axes) and _trailing(axes[first_in:i], axes[i]) and (j == len(sizes) or sizes[j] != ONE):
+            i += 1
         result.extend(_regroup(axes[first_in:i], sizes[first_out:j], f"{source}[{first_out}]"))
     return tuple(result)
+
+
+def _lost(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
+    """The axes of a reshape whose dimensions cut through what is known."""
+    return tuple(mixed(axes, size, f"{source}.{dim}") for dim, size in enumerate(sizes))
+
+
+def _trailing(group: Axes, axis: Axis) -> bool:
+    """True for rows or columns of a grid of which there is only one: they stay beside the rest of it."""
+    return claims(axis) and axis_size(axis) == ONE and any(claims(other) for other in group)
 
 
 def _regroup(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
@@ -191,7 +277,7 @@ def _regroup(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
     if len(solid) == 1 and len(wide) == 1 and len(solid[0]) > 1:
         return tuple(solid[0] if dim == wide[0] else UNIT for dim in range(len(sizes)))
     if any(len(axis) > 1 for axis in axes):
-        return unknowns(sizes, source)
+        return _lost(axes, sizes, source)
     queue = [factor for axis in axes for factor in axis[0]]
     result: list[Axis] = []
     for dim, size in enumerate(sizes):
@@ -204,21 +290,21 @@ def _regroup(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
                 taken.append(factor)
                 product = whole
                 continue
-            pieces = _split(factor, product, size, dim)
+            pieces = _split(factor, product, size)
             if pieces is None:
-                return unknowns(sizes, source)
+                return _lost(axes, sizes, source)
             taken.append(pieces[0])
             queue.insert(0, pieces[1])
             product = size
         if dim == len(sizes) - 1:
             taken.extend(queue)  # trailing factors of size one
         if not same(segment_size(tuple(taken)), size):
-            return unknowns(sizes, source)
+            return _lost(axes, sizes, source)
         result.append((tuple(taken),))
     return tuple(result)
 
 
-def _split(factor: Factor, product: Size, size: Size, dim: int) -> tuple[Factor, Factor] | None:
+def _split(factor: Factor, product: Size, size: Size) -> tuple[Factor, Factor] | None:
     """Split a factor so that ``product`` times its first piece is ``size``. Only factors that carry no claim can be."""
     if factor.role is not None or factor.part is not None or not product.hint or size.hint % product.hint:
         return None
@@ -228,11 +314,12 @@ def _split(factor: Factor, product: Size, size: Size, dim: int) -> tuple[Factor,
     if factor.size.static and size.static and product.static:
         first, second = size_of(outer), size_of(factor.size.hint // outer)
     else:
-        first = Size(size.expr / product.expr, outer)  # type: ignore[operator]
-        second = Size(factor.size.expr / first.expr, factor.size.hint // outer)  # type: ignore[operator]
+        first = quotient(size, product)
+        second = quotient(factor.size, first)
+    # The sizes are part of the names: the outer three of twelve and the inner three are not the same positions.
     return (
-        Factor(first, None, f"{factor.source}/{dim}", factor.origin),
-        Factor(second, None, f"{factor.source}%{dim}", factor.origin),
+        replace(factor, size=first, source=f"{factor.source}/{first}"),
+        replace(factor, size=second, source=f"{factor.source}%{second}"),
     )
 
 
@@ -245,19 +332,26 @@ class Raster:
 
 
 def raster_of(segment: Segment) -> Raster | None:
-    """The grid of a segment, or None. Frames folded into the batch and split out again carry no role of their own."""
+    """The grid of a segment, or None. Frames are the grid's own, or ran over the batch of the conv2d that made it."""
     if len(segment) != 3:
         return None
     frame, row, column = segment
     if row.role != "row" or column.role != "column" or row.source != column.source:
         return None
     own_frames = frame.role == "frame" and frame.source == row.source
-    folded_frames = frame.role is None and frame.part is None
+    folded_frames = frame.role in ("frame", None) and frame.part is None and frame.folded == row.source
     if not (own_frames or folded_frames):
         return None
     return Raster((frame.size, row.size, column.size), row.source)
 
 
 def describe(axis: Axis) -> str:
-    """A short reading of an axis for messages, such as ``text[1]:77 + frame:21 x row:30 x column:52``."""
-    return " + ".join(" x ".join(str(factor) for factor in segment) or "1" for segment in axis)
+    """A short reading of an axis for messages, such as ``text[1]:77 + video 21x30x52``."""
+    return " + ".join(_describe_segment(segment) for segment in axis)
+
+
+def _describe_segment(segment: Segment) -> str:
+    raster = raster_of(segment)
+    if raster is not None:
+        return "video " + "x".join(map(str, raster.sizes))
+    return " x ".join(str(factor) for factor in segment) or "1"

@@ -15,29 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .rules import (
-    RULES,
-    SLICES,
-    IndexMap,
-    Op,
-    Result,
-    elementwise,
-    index_map,
-    is_elementwise,
-    name_of,
-    slice_axis,
-    slicing,
-)
-from .sizes import ONE, Size, same, shape_of
-from .tokens import Axes, Axis, Origin, axis_size, claims, join, unknown, unknowns
+from .indexing import SLICES, IndexMap, index_map, number, slice_axis, slicing
+from .names import is_elementwise, name_of
+from .op import Op, Result
+from .rules import RULES, elementwise
+from .sizes import ONE, Size, memory_of, same, shape_of, value_of
+from .tokens import Axes, Axis, Origin, axis_size, claims, join, mixed, ordered, splice, unknown, unknowns
 
 _PARAMETER = re.compile(r"^(l_self_|l__self__|p_|b_|c_|getattr_)|_(parameters|buffers)_", re.IGNORECASE)
-_VIEWS = {
-    "getitem", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-    "mT", "movedim", "swapaxes", "select", "slice", "narrow", "chunk", "split", "unbind", "split_with_sizes",
-    "expand", "expand_as", "view_as", "view_as_real", "view_as_complex", "detach", "alias", "to", "float",
-    "contiguous", "type_as", "type", "tensor_split",
-}  # fmt: skip
 _WRITES_SECOND_ARGUMENT = frozenset(["setitem", "copy_"])
 
 
@@ -49,7 +34,8 @@ class Scope:
     types: dict[fx.Node, Result] = field(default_factory=dict)
     call: fx.Node | None = None  # the node in the caller's graph, None at the top
     calls: int = 1  # how often this subgraph is called
-    roots: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    label: str = ""  # precedes the names of its nodes, which other graphs use again
+    sharing: dict[int, list[fx.Node]] = field(default_factory=dict)  # nodes by the memory that they lie in
 
     def axes_of(self, node: fx.Node) -> Axes | None:
         found = self.types.get(node)
@@ -100,32 +86,41 @@ def _attribute(module: torch.nn.Module, path: str) -> object:
 
 def _walk(scope: Scope, inputs: Mapping[int, Result], tracking: Tracking, wanted: Callable[[fx.Node], bool]) -> None:
     calls = Counter(id(graph) for _, graphs in subgraph_calls(scope.module) for _, graph in graphs)
+    for node in scope.module.graph.nodes:
+        for memory in _memory(node):
+            scope.sharing.setdefault(memory, []).append(node)
     place = 0
     for node in scope.module.graph.nodes:
         if node.op == "placeholder":
-            scope.types[node] = inputs.get(place) or _input_axes(node)
+            scope.types[node] = inputs.get(place) or _input_axes(scope, node)
             place += 1
             continue
         if node.op == "get_attr":
-            scope.types[node] = unknowns(shape_of(node) or [], node.name, Origin.CONSTANT)
+            scope.types[node] = unknowns(shape_of(node) or [], scope.label + node.name, Origin.CONSTANT)
             continue
         if node.op not in ("call_function", "call_method"):
             continue
         graphs = graph_arguments(scope.module, node)
-        if graphs:
-            _enter(scope, node, graphs, calls, tracking, wanted)
-            continue
         if wanted(node):
             tracking.order.append((scope, node))
+        elif graphs:
+            _enter(scope, node, graphs, calls, tracking, wanted)
+            continue
         _type(scope, node)
         if name_of(node) in ("conv3d", "conv2d"):
-            tracking.grids[node.name] = node
+            tracking.grids[scope.label + node.name] = node
 
 
-def _input_axes(node: fx.Node) -> Axes:
+def _memory(node: fx.Node) -> list[int]:
+    """Where the node's tensors lie. Example values alias each other as the tensors do when the graph runs."""
+    value = value_of(node)
+    places = [memory_of(tensor) for tensor in (value if isinstance(value, (tuple, list)) else [value])]
+    return [place for place in places if place is not None]
+
+
+def _input_axes(scope: Scope, node: fx.Node) -> Axes:
     origin = Origin.CONSTANT if _PARAMETER.search(node.name) else Origin.INPUT
-    name = re.sub(r"^l_((kw)?args?_|self_)?|_$", "", node.name, flags=re.IGNORECASE) or node.name
-    return unknowns(shape_of(node) or [], name, origin)
+    return unknowns(shape_of(node) or [], scope.label + node.name, origin)
 
 
 def _enter(
@@ -146,13 +141,16 @@ def _enter(
     if others or len(arguments) != len(placeholders):
         tracking.unentered.extend((scope, node, inner) for _, inner in graphs)
         return
-    inner = Scope(graph, call=node, calls=calls[id(graph)])
+    inner = Scope(graph, call=node, calls=scope.calls * calls[id(graph)], label=f"{scope.label}{node.name}/")
     types = {
         index: scope.types[arg]
         for index, arg in enumerate(arguments)
         if isinstance(arg, fx.Node) and arg in scope.types
     }
     _walk(inner, types, tracking, wanted)
+    for index, passed in types.items():
+        if inner.types[placeholders[index]] != passed:  # written to, inside
+            _forget(scope, arguments[index], inner.label)  # type: ignore[arg-type]
     results = graph.graph.output_node().args[0]
     if isinstance(results, (tuple, list)):
         scope.types[node] = [inner.axes_of(r) or () if isinstance(r, fx.Node) else () for r in results]
@@ -160,11 +158,9 @@ def _enter(
 
 def _type(scope: Scope, node: fx.Node) -> None:
     name = name_of(node)
-    op = Op(node, name, scope.axes_of)
+    op = Op(node, name, scope.axes_of, scope.label)
     source = node.args[0] if node.args else None
-    if name in _VIEWS and isinstance(source, fx.Node):
-        scope.roots[node] = scope.roots.get(source, source)
-    if name in _WRITES_SECOND_ARGUMENT:
+    if name in _WRITES_SECOND_ARGUMENT and isinstance(source, fx.Node):
         _write(scope, node, name)
         return
     if name == "getitem" and isinstance(source, fx.Node) and isinstance(scope.types.get(source), list):
@@ -179,14 +175,34 @@ def _type(scope: Scope, node: fx.Node) -> None:
     elif is_elementwise(name):
         result = elementwise(op)
     else:
-        if (name.endswith("_") or "out" in node.kwargs) and node.all_input_nodes:
-            for written in (node.all_input_nodes[0], node.kwargs.get("out")):
-                if isinstance(written, fx.Node):
-                    _forget(scope, written, node.name)
+        result = op.unknown()
+        written = _written(node, name)
+        if name == "index_put_" and _is_number(node.args[2]):
+            scope.types[node] = scope.axes_of(written[0]) or op.unknown()
+            return
+        for tensor in written:
+            _forget(scope, tensor, op.label)
+        if written and name.endswith("_"):  # in place: the result is the tensor itself
+            result = scope.axes_of(written[0]) or result
+    out = node.kwargs.get("out")
+    if out is not None:
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            _forget(scope, tensor, op.label)
         result = op.unknown()
     if isinstance(result, tuple):
         result = _fitting(op, result)
     scope.types[node] = result
+
+
+def _written(node: fx.Node, name: str) -> list[fx.Node]:
+    """Tensors that an operator without a rule writes to, as its schema or its name tells."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        if not node.target._schema.is_mutable:
+            return []
+        return node.all_input_nodes[:1] if name.endswith("_") else node.all_input_nodes
+    if name.endswith("_"):
+        return node.all_input_nodes[:1]
+    return node.all_input_nodes if name == "triton_kernel_wrapper_mutation" or "::" in name else []
 
 
 def _fitting(op: Op, axes: Axes) -> Axes:
@@ -195,7 +211,7 @@ def _fitting(op: Op, axes: Axes) -> Axes:
     if len(axes) != len(sizes):
         return op.unknown()
     return tuple(
-        axis if _fits(axis, size) else unknown(size, f"{op.node.name}[{dim}]")
+        axis if _fits(axis, size) else unknown(size, f"{op.label}[{dim}]")
         for dim, (axis, size) in enumerate(zip(axes, sizes, strict=True))
     )
 
@@ -211,42 +227,85 @@ def _write(scope: Scope, node: fx.Node, name: str) -> None:
     axes = scope.axes_of(base)
     if axes is None:
         return
-    scope.types[node] = axes
     mapping = index_map(len(axes), node.args[1] if name == "setitem" else ...)
-    if mapping is None:
-        _forget(scope, base, node.name)
-    elif isinstance(value, fx.Node):
-        _refine(scope, base, mapping, scope.axes_of(value) or (), node.name)
+    label = scope.label + node.name
+    if isinstance(value, fx.Node) and not _is_number(value):
+        written = scope.axes_of(value)
+        chain = _chain(base)
+        elsewhere = any(
+            claims(axis) for other in _sharing(scope, base) if other not in chain for axis in scope.axes_of(other) or ()
+        )
+        blind = elsewhere and not any(claims(axis) for axis in axes)
+        if mapping is None or written is None or blind:
+            _forget(scope, base, label)
+        else:
+            _refine(scope, base, mapping, written, label)
+    scope.types[node] = scope.axes_of(base) or ()
+
+
+def _is_number(value: object) -> bool:
+    """True for what moves no token wherever it is written."""
+    shape = shape_of(value) if isinstance(value, fx.Node) else None
+    return shape is None or all(same(size, ONE) for size in shape)
+
+
+def _chain(base: fx.Node) -> list[fx.Node]:
+    """A slice, the tensor that it is a slice of, and so on."""
+    found = [base]
+    while name_of(found[-1]) in SLICES and isinstance(found[-1].args[0], fx.Node):
+        found.append(found[-1].args[0])
+    return found
 
 
 def _refine(scope: Scope, base: fx.Node, mapping: IndexMap, written: Axes, source: str) -> None:
     """Positions of ``base``, picked by ``mapping``, were overwritten by ``written``, and so were those it is cut from.
 
     Where the base is known to be video tokens, the written ones must be the same; where it is not, they tell what it
-    is.
+    is. Video tokens written one by one are not followed.
     """
     axes = list(scope.axes_of(base) or ())
+    kept = {dim for dim, _ in mapping}
+    if any(ordered(axis) for dim, axis in enumerate(axes) if dim not in kept):
+        _forget(scope, base, source)
+        return
     for (dim, item), other in zip(reversed(mapping), reversed(written), strict=False):
-        if dim is None or same(axis_size(other), ONE):
+        single = same(axis_size(other), ONE)  # may be written to many positions
+        if dim is None or (single and item is None and not claims(other)):
             continue
         replaced = axes[dim] if item is None else slice_axis(axes[dim], item, axis_size(other), source)
         partly = item is not None and item.step not in (None, 1)
-        if claims(axes[dim] if partly else replaced) and replaced != other:
+        if ordered(axes[dim] if partly else replaced) and replaced != other:
             _forget(scope, base, source)
             return
         if item is None:
             axes[dim] = join(axes[dim], other, source)
+        elif claims(other) and not claims(axes[dim]):
+            start = number(item.start)
+            axes[dim] = (
+                mixed((other,), axis_size(axes[dim]), source)
+                if partly or single or start is None or start.hint < 0
+                else splice(axes[dim], start, other, source)
+            )
     scope.types[base] = tuple(axes)
     if name_of(base) in SLICES and isinstance(base.args[0], fx.Node) and scope.axes_of(base.args[0]):
-        outer = slicing(Op(base, name_of(base), scope.axes_of))
+        outer = slicing(Op(base, name_of(base), scope.axes_of, scope.label))
         if outer is not None:
             _refine(scope, base.args[0], outer, tuple(axes), source)
 
 
+def _sharing(scope: Scope, node: fx.Node) -> list[fx.Node]:
+    """The node and every other that lies in the same memory."""
+    return [node, *(other for memory in _memory(node) for other in scope.sharing.get(memory, ()) if other is not node)]
+
+
 def _forget(scope: Scope, node: fx.Node, source: str) -> None:
-    """Drop what is known of everything that shares memory with ``node``."""
-    root = scope.roots.get(node, node)
-    for other in [root, *(n for n, r in scope.roots.items() if r is root)]:
-        shape = shape_of(other)
-        if shape is not None:
-            scope.types[other] = unknowns(shape, f"written by {source}")
+    """The tensor was overwritten in a way that is not followed: whatever shares its memory holds mixed tokens."""
+    label = f"a write by {source}"
+    for other in _sharing(scope, node):
+        axes = scope.axes_of(other)
+        if axes is not None:
+            scope.types[other] = tuple(mixed((axis,), axis_size(axis), f"{label}[{i}]") for i, axis in enumerate(axes))
+        elif isinstance(found := scope.types.get(other), list):
+            scope.types[other] = [
+                tuple(mixed((axis,), axis_size(axis), f"{label}[{i}]") for i, axis in enumerate(axes)) for axes in found
+            ]

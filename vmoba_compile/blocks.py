@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import ceil, log
 
 Triple = tuple[int, int, int]
+Block = tuple[int | None, int | None, int | None]  # None: the whole axis
 
 SCHEMES = ("1d", "2d", "3d")
 TARGET_SLABS = 7.5
@@ -17,23 +18,23 @@ TARGET_TILES = 40
 TARGET_SPATIAL_3D = 18  # tiles per slab of the 3D scheme
 SLABS_3D = 3
 
-MEASURED: dict[Triple, dict[str, Triple]] = {
-    (21, 30, 52): {"1d": (3, 30, 52), "2d": (21, 5, 13), "3d": (7, 5, 13)},
-    (21, 45, 80): {"1d": (3, 45, 80), "2d": (21, 9, 10), "3d": (7, 15, 20)},
-    (24, 36, 64): {"1d": (3, 36, 64), "2d": (24, 6, 8), "3d": (8, 12, 8)},
+MEASURED: dict[Triple, dict[str, Block]] = {
+    (21, 30, 52): {"1d": (3, None, None), "2d": (None, 5, 13), "3d": (7, 5, 13)},
+    (21, 45, 80): {"1d": (3, None, None), "2d": (None, 9, 10), "3d": (7, 15, 20)},
+    (24, 36, 64): {"1d": (3, None, None), "2d": (None, 6, 8), "3d": (8, 12, 8)},
 }
 
 
 @lru_cache(maxsize=256)
-def default_block(scheme: str, grid: Triple) -> Triple:
-    """Block size (frames, rows, columns) in tokens for one of ``SCHEMES``."""
+def default_block(scheme: str, grid: Triple) -> Block:
+    """Block size (frames, rows, columns) in tokens for one of ``SCHEMES``; None is a whole axis."""
     if grid in MEASURED:
         return MEASURED[grid][scheme]
     frames, rows, columns = grid
     if scheme == "1d":
-        return (_slab(frames), rows, columns)
+        return (_slab(frames), None, None)
     if scheme == "2d":
-        return (frames, *_tile(rows, columns, TARGET_TILES))
+        return (None, *_tile(rows, columns, TARGET_TILES))
     return (ceil(frames / SLABS_3D), *_tile(rows, columns, TARGET_SPATIAL_3D))
 
 

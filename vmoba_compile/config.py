@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from .blocks import SCHEMES, Triple, default_block
+from .blocks import SCHEMES, Block, Triple, default_block
 from .kernels.api import check_selection
 
 # Tokens from which sparse attention is used with min_tokens="auto". CPU: measured by benchmarks/crossover.py.
@@ -68,19 +68,18 @@ class VMoBAConfig:
             return self.min_tokens
         return AUTO_MIN_TOKENS.get(device_type, AUTO_MIN_TOKENS_OTHER)
 
-    def block_for(self, layer: int, grid: Triple) -> tuple[str, Triple]:
-        """Scheme of a layer ("1d", "2d", "3d" in turn) and its block size in tokens on ``grid``."""
+    def block_for(self, layer: int, grid: Triple) -> tuple[str, Block]:
+        """Scheme of a layer ("1d", "2d", "3d" in turn) and its block size in tokens on ``grid``, None for a whole axis.
+
+        One graph may serve several grids; the sizes are then those for the grid that it was made for.
+        """
         scheme = SCHEMES[layer % len(SCHEMES)]
         spec = (self.blocks or {}).get(scheme)
         if spec is None:
             return scheme, default_block(scheme, grid)
         if isinstance(spec, Mapping):
-            sizes = [
-                -(-extent // count) if count else extent for extent, count in zip(grid, spec["count"], strict=True)
-            ]
-        else:
-            sizes = [min(size, extent) if size else extent for extent, size in zip(grid, spec, strict=True)]
-        return scheme, (sizes[0], sizes[1], sizes[2])
+            spec = [-(-extent // count) if count else None for extent, count in zip(grid, spec["count"], strict=True)]
+        return scheme, (spec[0], spec[1], spec[2])
 
     def dense_step_count(self, steps: int) -> int:
         """How many of ``steps`` denoising steps stay dense."""

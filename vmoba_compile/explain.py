@@ -34,6 +34,8 @@ def explain(
     Raises:
         GridError: ``grid`` contradicts the graph. InputError: the model rejects the inputs.
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     rewriter = Rewriter(_as_config(config), check_grid(grid), _without_running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -214,8 +215,8 @@ def _input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> Inp
         return InputError(f"model and inputs are on several devices: {places}. Move them to one device.")
     cause = str(error).split("from user code:")[0].strip()
     told = [line.split("Explanation:", 1)[1].strip() for line in cause.splitlines() if "Explanation:" in line]
-    frames = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
-    where = f" at {frames[-1]}" if frames else ""
+    frames = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', str(error))
+    where = f" at {':'.join(frames[-1])}" if frames else ""
     return InputError(
         f"{type(model).__name__} itself rejects these inputs{where}: {told[0] if told else cause}. The plain model "
         "fails alike; check frames, height and width against the model's position table and patch size."

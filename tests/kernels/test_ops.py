@@ -1,0 +1,273 @@
+"""The operators' contracts with torch: schemas, fake kernels, FLOP counts, autocast, torch.compile."""
+
+from __future__ import annotations
+
+import functools
+
+import oracle
+import pytest
+import torch
+from kernel_cases import Case, Tensors, relative
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from vmoba_compile.kernels import attention, select
+
+CASES = {
+    "plain": Case(grid=(3, 2, 3), block=(2, 2, 2)),
+    "condition": Case((3, 2, 3), (2, 2, 2), prefix=2, suffix=1, heads=4, kv_heads=2, batch=2, layout="packed"),
+    "mask": Case(grid=(3, 2, 3), block=(2, 2, 2), prefix=2, masked="tokens", batch=2),
+    "many_boxes": Case(grid=(5, 2, 7), block=(1, 1, 1), head_dim=5),
+}  # fmt: skip
+UNMASKED = [name for name, case in CASES.items() if case.masked == "none"]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_op = pytest.mark.parametrize("name", ["select", "attention", "attention_backward"])
+
+
+def mask_or_empty(tensors: Tensors) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.bool) if tensors.key_mask is None else tensors.key_mask
+
+
+def call(name: str, case: Case, dtype: torch.dtype = torch.float32, requires_grad: bool = False):
+    """An operator, and its positional and keyword arguments."""
+    tensors = case.tensors(dtype)
+    q, k, v, mask = *tensors[:3], mask_or_empty(tensors)
+    options = {"pool": case.pool, "mode": case.mode, "threshold": case.threshold, "topk": case.topk or 0}
+    if name == "select":
+        return torch.ops.vmoba.select.default, (q, k, mask, *case.sizes), options
+    words = torch.ops.vmoba.select(q, k, mask, *case.sizes, **options)
+    scale = {"scale": case.op_scale}
+    if name == "attention":
+        q, k, v = (x.detach().requires_grad_(requires_grad) for x in (q, k, v))
+        return torch.ops.vmoba.attention.default, (q, k, v, words, mask, *case.sizes), scale
+    out, lse = torch.ops.vmoba.attention(q, k, v, words, mask, *case.sizes, **scale)
+    dout = torch.randn_like(out)
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    args = (dout, q, k, v, words, mask, lse, delta, *case.sizes)
+    return torch.ops.vmoba.attention_backward.default, args, scale
+
+
+def test_selection_of_inputs_that_require_grad():
+    """A rewritten graph calls the operator without detaching anything."""
+    op, (q, k, *others), options = call("select", CASES["plain"])
+    words = op(q.detach().requires_grad_(), k, *others, **options)
+    assert not words.requires_grad
+    assert torch.equal(words, op(q, k, *others, **options))
+
+
+def outputs(result) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@every_op
+@pytest.mark.parametrize("case", [CASES["condition"], CASES["mask"]], ids=["no_mask", "mask"])
+def test_opcheck(name, case):
+    op, args, kwargs = call(name, case, requires_grad=True)
+    torch.library.opcheck(op, args, kwargs)
+
+
+@every_op
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fake_kernels_predict_the_real_ones(name, case, dtype):
+    op, args, kwargs = call(name, case, dtype)
+    real = outputs(op(*args, **kwargs))
+    with FakeTensorMode() as mode:
+        fake_args = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        fake = outputs(op(*fake_args, **kwargs))
+    meta = outputs(op(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in args], **kwargs))
+    for x, y, z in zip(real, fake, meta, strict=True):
+        for predicted in (y, z):
+            assert (predicted.shape, predicted.dtype, predicted.stride()) == (x.shape, x.dtype, x.stride())
+        assert x.is_contiguous()
+
+
+@every_op
+def test_outputs_share_no_memory_with_inputs(name):
+    op, args, kwargs = call(name, CASES["condition"])
+    inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor) and x.numel()}
+    found = [x.untyped_storage().data_ptr() for x in outputs(op(*args, **kwargs))]
+    assert not inputs & set(found)
+    assert len(set(found)) == len(found)
+
+
+def sparse(case: Case, tensors: Tensors) -> torch.Tensor:
+    return attention(
+        *tensors[:3], case.grid, block=case.block, key_mask=tensors.key_mask,
+        **case.layout_arguments, **case.selection,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in UNMASKED], ids=UNMASKED)
+def test_flops_are_those_of_the_selected_pairs(case):
+    q, k, v, _ = case.tensors()
+    tensors = Tensors(*(x.detach().requires_grad_() for x in (q, k, v)), None)
+    pairs = int(case.truth(tensors).pairs.sum())
+    boxes = len(oracle.boxes(case.grid, case.block))
+    gate = 2 * case.batch * case.heads * case.num_video * boxes * case.head_dim
+    with FlopCounterMode(display=False) as counter:
+        out = sparse(case, tensors)
+    assert counter.get_total_flops() == gate + 4 * case.head_dim * pairs
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * case.head_dim * pairs
+    assert pairs < case.batch * case.heads * case.num_tokens**2
+
+
+@pytest.mark.parametrize("device", ["fake", "meta"])
+def test_flops_without_data_count_all_pairs(device):
+    case = CASES["condition"]
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if device == "fake" else lambda x: x.to("meta")
+    tensors = Tensors(*map(convert, case.tensors()[:3]), None)
+    with FlopCounterMode(display=False) as counter:
+        sparse(case, tensors)
+    pairs = case.batch * case.heads * case.num_tokens**2
+    gate = 2 * case.batch * case.heads * case.num_video * 4 * case.head_dim
+    assert counter.get_total_flops() == gate + 4 * case.head_dim * pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast(dtype):
+    """Runs and differentiates in the autocast type, as dense attention does; gradients come back in the inputs' own."""
+    case = CASES["condition"]
+    q, k, v, _ = case.tensors(dtype)
+    tensors = Tensors(*(x.detach().requires_grad_() for x in (q, k, v)), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sparse(case, tensors)
+    rounded = Tensors(*(x.bfloat16() for x in tensors[:3]), None)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, sparse(case, rounded))
+    weight = torch.randn_like(out)
+    expected = torch.autograd.grad(sparse(case, rounded), tensors[:3], weight)
+    with torch.autocast("cpu", torch.bfloat16):  # a backward pass inside is no less exact
+        grads = torch.autograd.grad(out, tensors[:3], weight)
+    for x, got, wanted in zip(tensors[:3], grads, expected, strict=True):
+        assert got.dtype == x.dtype == dtype
+        assert torch.equal(got, wanted)
+
+
+def test_autocast_leaves_double_precision_alone():
+    tensors = CASES["plain"].tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse(CASES["plain"], tensors).dtype == torch.float64
+
+
+def test_autocast_joins_mixed_types():
+    """An fp32 rope leaves q and k wider than v; autocast brings them together."""
+    case = CASES["plain"]
+    q, k, v, _ = case.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse(case, Tensors(q, k, v.bfloat16(), None)).dtype == torch.bfloat16
+
+
+def compiled(**options):
+    torch._dynamo.reset()
+    return torch.compile(sparse, fullgraph=True, backend="aot_eager", **options)
+
+
+@every_case
+def test_compiled_forward_and_backward(case):
+    tensors = case.tensors()
+    results = []
+    for function in (sparse, compiled()):
+        q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+        out = function(case, Tensors(q, k, v, tensors.key_mask))
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=1e-13)
+
+
+def test_compiled_under_autocast():
+    case = CASES["plain"]
+    tensors = case.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled()(case, tensors), sparse(case, tensors))
+
+
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def test_compiled_for_changing_sizes():
+    """One graph for every batch size, grid, block and number of condition tokens.
+
+    With duck shapes, sizes that happen to be equal at first would be taken to be equal for good.
+    """
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=compilations)
+    def dynamic(q, k, v, grid, block, prefix):
+        return attention(q, k, v, grid, block=block, prefix=prefix)
+
+    torch._dynamo.reset()
+    counts = []
+    for case in (
+        Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, batch=2),
+        Case(grid=(4, 6, 2), block=(3, 4, 5), prefix=7, batch=3),
+        Case(grid=(7, 3, 6), block=(5, 6, 4), prefix=2, batch=5),
+    ):
+        tensors = case.tensors()
+        out = dynamic(*tensors[:3], case.grid, case.block, case.prefix)
+        assert torch.equal(out, sparse(case, tensors))
+        counts.append(compilations.frame_count)
+    assert counts[1:] == counts[:-1]
+
+
+def test_compiled_selection():
+    case = CASES["many_boxes"]
+    tensors = case.tensors()
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def masks(q, k):
+        return select(q, k, case.grid, block=case.block, **case.selection).mask()
+
+    torch._dynamo.reset()
+    assert torch.equal(masks(*tensors[:2]), case.truth(tensors).selected)
+
+
+def test_exported_program():
+    case = CASES["mask"]
+    tensors = case.tensors(torch.float32)
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, key_mask):
+            return sparse(case, Tensors(q, k, v, key_mask))
+
+    program = torch.export.export(Model(), tuple(tensors))
+    called = {str(node.target) for node in program.graph.nodes if "vmoba" in str(node.target)}
+    assert called == {"vmoba.select.default", "vmoba.attention.default"}
+    assert torch.equal(program.module()(*tensors), sparse(case, tensors))
+
+
+def test_exported_program_with_a_dynamic_batch():
+    case = CASES["condition"]
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return sparse(case, Tensors(q, k, v, None))
+
+    batch = torch.export.Dim("batch")
+    example = case.tensors(torch.float32)[:3]
+    program = torch.export.export(Model(), example, dynamic_shapes=[{0: batch}] * 3)
+    tensors = case.but(batch=5).tensors(torch.float32)
+    assert torch.equal(program.module()(*tensors[:3]), sparse(case, tensors))
+
+
+def test_activation_checkpointing():
+    """The selection is made again in the backward pass and must be the same."""
+    case = CASES["condition"]
+    tensors = case.tensors()
+    grads = []
+    for checkpointed in (False, True):
+        q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(
+                lambda q, k, v: sparse(case, Tensors(q, k, v, None)), q, k, v, use_reentrant=False
+            )
+        else:
+            out = sparse(case, Tensors(q, k, v, None))
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    assert all(map(torch.equal, *grads))
+
+
+def test_compiled_result_is_close_to_the_oracle():
+    case = CASES["mask"].but(seed=5)
+    tensors = case.tensors(torch.bfloat16)
+    assert relative(compiled()(case, tensors), case.truth(tensors).out) < 1e-2
