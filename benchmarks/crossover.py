@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in examples/demo.py
 
 import torch
 from rich.console import Console

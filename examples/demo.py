@@ -10,11 +10,15 @@ Takes diffusers' WanTransformer3DModel (random weights, three layers: one for ea
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# Many small operations: on a busy CPU, threads that spin while they wait for each other would take the time of the rest.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from rich.console import Console

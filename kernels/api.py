@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  registers torch.ops.vmoba
+from . import ops  # registers torch.ops.vmoba
 from .partition import Geometry, Triple, box_order, unpack_bits
 
 POOLS = ("head_global", "query_head", "block", "overall")
@@ -68,6 +68,12 @@ def triple(name: str, value: object) -> Triple:
         if isinstance(size, int) and size < 1:
             raise ValueError(f"{name} must hold integers of at least 1, not {value!r}")
     return (value[0], value[1], value[2])
+
+
+def _require_tensors(**named: object) -> None:
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, geometry: Geometry) -> None:
@@ -145,6 +151,7 @@ def select(
     Raises:
         ValueError, TypeError: an argument is out of range, of the wrong type, or does not fit the others.
     """
+    _require_tensors(q=q, k=k)
     check_selection(pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity)
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, None, key_mask, geometry)
@@ -188,8 +195,10 @@ def attention(
     Raises:
         ValueError, TypeError: an argument is out of range, of the wrong type, or does not fit the others.
     """
+    _require_tensors(q=q, k=k, v=v)
     device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    # Asked of devices with an implementation only: autocast knows no others, such as meta.
+    if device in ops.IMPLEMENTATIONS and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)

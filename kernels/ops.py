@@ -88,6 +88,7 @@ def _define(name: str) -> torch.library.CustomOpDef:
         mutates_args=(),
         device_types=first,
         schema=_SCHEMAS[name],
+        tags=(torch.Tag.cudagraph_unsafe,),  # the reference waits for the host: Inductor leaves it out of CUDA graphs
     )
     for device in others:
         op.register_kernel(device, IMPLEMENTATIONS[device][name])

@@ -12,7 +12,7 @@ from .blocks import SCHEMES, Block, Triple, default_block
 from .kernels.api import check_selection
 
 # Tokens from which sparse attention is used with min_tokens="auto". CPU: measured by benchmarks/crossover.py.
-AUTO_MIN_TOKENS = {"cpu": 4096}
+AUTO_MIN_TOKENS = {"cpu": 7480}
 AUTO_MIN_TOKENS_OTHER = 8192
 
 BlockSpec = Mapping[str, Any]

@@ -138,3 +138,12 @@ def test_errors_come_through_compilation():
     compiled = torch.compile(attention, backend="eager")
     with pytest.raises(Exception, match="prefix \\+ suffix 3, but q has 24"):
         compiled(heads(), heads(), heads(), GRID, block=(1, 3, 4), prefix=3)
+
+
+@pytest.mark.parametrize("call", [attention, select], ids=["attention", "select"])
+def test_no_tensor(call):
+    tensors = [heads()] * (3 if call is attention else 2)
+    for place, name in enumerate("qkv"[: len(tensors)]):
+        wrong = [*tensors[:place], 3, *tensors[place + 1 :]]
+        with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, not int"):
+            call(*wrong, GRID, block=(1, 3, 4))

@@ -7,7 +7,8 @@ import functools
 import oracle
 import pytest
 import torch
-from kernel_cases import Case, Tensors, relative
+from kernel_cases import Case, Tensors, mask_or_empty, relative, sparse
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from vmoba_compile.kernels import attention, select
@@ -16,15 +17,12 @@ CASES = {
     "plain": Case(grid=(3, 2, 3), block=(2, 2, 2)),
     "condition": Case((3, 2, 3), (2, 2, 2), prefix=2, suffix=1, heads=4, kv_heads=2, batch=2, layout="packed"),
     "mask": Case(grid=(3, 2, 3), block=(2, 2, 2), prefix=2, masked="tokens", batch=2),
+    "one_full_word": Case(grid=(4, 2, 4), block=(1, 1, 1), head_dim=3),
     "many_boxes": Case(grid=(5, 2, 7), block=(1, 1, 1), head_dim=5),
 }  # fmt: skip
 UNMASKED = [name for name, case in CASES.items() if case.masked == "none"]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_op = pytest.mark.parametrize("name", ["select", "attention", "attention_backward"])
-
-
-def mask_or_empty(tensors: Tensors) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.bool) if tensors.key_mask is None else tensors.key_mask
 
 
 def call(name: str, case: Case, dtype: torch.dtype = torch.float32, requires_grad: bool = False):
@@ -52,6 +50,15 @@ def test_selection_of_inputs_that_require_grad():
     words = op(q.detach().requires_grad_(), k, *others, **options)
     assert not words.requires_grad
     assert torch.equal(words, op(q, k, *others, **options))
+
+
+@every_op
+def test_no_kernel_no_substitute(name):
+    """Sparse tensors stand for a device that has no kernel: the call fails and says for which operator and device."""
+    op, args, kwargs = call(name, CASES["plain"])
+    elsewhere = [x.to_sparse() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    with pytest.raises(NotImplementedError, match=f"vmoba::{name}.*SparseCPU"):
+        op(*elsewhere, **kwargs)
 
 
 def outputs(result) -> tuple[torch.Tensor, ...]:
@@ -90,17 +97,9 @@ def test_outputs_share_no_memory_with_inputs(name):
     assert len(set(found)) == len(found)
 
 
-def sparse(case: Case, tensors: Tensors) -> torch.Tensor:
-    return attention(
-        *tensors[:3], case.grid, block=case.block, key_mask=tensors.key_mask,
-        **case.layout_arguments, **case.selection,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("case", [CASES[name] for name in UNMASKED], ids=UNMASKED)
 def test_flops_are_those_of_the_selected_pairs(case):
-    q, k, v, _ = case.tensors()
-    tensors = Tensors(*(x.detach().requires_grad_() for x in (q, k, v)), None)
+    tensors = case.leaves()
     pairs = int(case.truth(tensors).pairs.sum())
     boxes = len(oracle.boxes(case.grid, case.block))
     gate = 2 * case.batch * case.heads * case.num_video * boxes * case.head_dim
@@ -130,8 +129,7 @@ def test_flops_without_data_count_all_pairs(device):
 def test_autocast(dtype):
     """Runs and differentiates in the autocast type, as dense attention does; gradients come back in the inputs' own."""
     case = CASES["condition"]
-    q, k, v, _ = case.tensors(dtype)
-    tensors = Tensors(*(x.detach().requires_grad_() for x in (q, k, v)), None)
+    tensors = case.leaves(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         out = sparse(case, tensors)
     rounded = Tensors(*(x.bfloat16() for x in tensors[:3]), None)
@@ -160,19 +158,18 @@ def test_autocast_joins_mixed_types():
         assert sparse(case, Tensors(q, k, v.bfloat16(), None)).dtype == torch.bfloat16
 
 
-def compiled(**options):
+def compiled():
     torch._dynamo.reset()
-    return torch.compile(sparse, fullgraph=True, backend="aot_eager", **options)
+    return torch.compile(sparse, fullgraph=True, backend="aot_eager")
 
 
 @every_case
 def test_compiled_forward_and_backward(case):
-    tensors = case.tensors()
     results = []
     for function in (sparse, compiled()):
-        q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-        out = function(case, Tensors(q, k, v, tensors.key_mask))
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        tensors = case.leaves()
+        out = function(case, tensors)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), tensors[:3])])
     for eager, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, rtol=0, atol=1e-13)
 
@@ -190,7 +187,7 @@ def test_compiled_for_changing_sizes():
 
     With duck shapes, sizes that happen to be equal at first would be taken to be equal for good.
     """
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compilations = CompileCounterWithBackend("aot_eager")
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=compilations)
     def dynamic(q, k, v, grid, block, prefix):
@@ -223,6 +220,7 @@ def test_compiled_selection():
 
 
 def test_exported_program():
+    """Both operators stand in the graph itself, not in a graph nested in it."""
     case = CASES["mask"]
     tensors = case.tensors(torch.float32)
 
@@ -253,17 +251,10 @@ def test_exported_program_with_a_dynamic_batch():
 def test_activation_checkpointing():
     """The selection is made again in the backward pass and must be the same."""
     case = CASES["condition"]
-    tensors = case.tensors()
-    grads = []
-    for checkpointed in (False, True):
-        q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-        if checkpointed:
-            out = torch.utils.checkpoint.checkpoint(
-                lambda q, k, v: sparse(case, Tensors(q, k, v, None)), q, k, v, use_reentrant=False
-            )
-        else:
-            out = sparse(case, Tensors(q, k, v, None))
-        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    tensors = case.leaves()
+    plain = sparse(case, tensors)
+    again = torch.utils.checkpoint.checkpoint(sparse, case, tensors, use_reentrant=False)
+    grads = [torch.autograd.grad(out.square().sum(), tensors[:3]) for out in (plain, again)]
     assert all(map(torch.equal, *grads))
 
 

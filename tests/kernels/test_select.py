@@ -8,8 +8,7 @@ import oracle
 import pytest
 import torch
 from hypothesis import given
-from kernel_cases import Case, Tensors, cases
-from vmoba_compile.kernels import Selection, select
+from kernel_cases import Case, Tensors, cases, choose
 from vmoba_compile.kernels.partition import pack_bits, unpack_bits
 
 POOLS = ("head_global", "query_head", "block", "overall")
@@ -22,13 +21,6 @@ every_rule = pytest.mark.parametrize(
     ("pool", "mode"), POOLS_AND_MODES, ids=["-".join(rule) for rule in POOLS_AND_MODES]
 )
 every_pool = pytest.mark.parametrize("pool", POOLS)
-
-
-def choose(case: Case, tensors: Tensors) -> Selection:
-    return select(
-        tensors.q, tensors.k, case.grid, block=case.block, key_mask=tensors.key_mask,
-        **case.layout_arguments, **case.selection,
-    )  # fmt: skip
 
 
 def expected(case: Case, tensors: Tensors) -> torch.Tensor:

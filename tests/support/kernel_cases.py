@@ -1,7 +1,8 @@
-"""Attention problems for the kernel tests: one description, its tensors, and a hypothesis strategy over them."""
+"""Attention problems for the kernel tests: a description, its tensors, how to run it, a hypothesis strategy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import oracle
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from vmoba_compile.kernels import Selection, attention, select
 
 LAYOUTS = ("contiguous", "permuted", "packed")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative norms
 MASKS = ("none", "tokens", "boxes", "video", "sample")
 
 
@@ -84,6 +87,11 @@ class Case:
             parts = [part.contiguous() for part in parts]
         return Tensors(*parts, self.key_mask(generator))
 
+    def leaves(self, dtype: torch.dtype = torch.float64) -> Tensors:
+        """The same with gradients required of q, k and v."""
+        q, k, v, key_mask = self.tensors(dtype)
+        return Tensors(*(x.detach().requires_grad_() for x in (q, k, v)), key_mask)
+
     def key_mask(self, generator: torch.Generator) -> Tensor | None:
         """Removes nothing (None), a third of the tokens, a third of the boxes, the video, or all of the last sample."""
         if self.masked == "none":
@@ -109,6 +117,32 @@ class Case:
         selected = oracle.select(q, k, self.grid, self.block, **layout, **self.selection)
         pairs = oracle.allowed(selected, self.grid, self.block, **layout)
         return Truth(selected, pairs, *oracle.attend(q, k, v, pairs, self.scale))
+
+
+def mask_or_empty(tensors: Tensors) -> Tensor:
+    """The key mask as the operators take it."""
+    return torch.empty(0, dtype=torch.bool) if tensors.key_mask is None else tensors.key_mask
+
+
+def choose(case: Case, tensors: Tensors) -> Selection:
+    """The package's selection."""
+    return select(
+        *tensors[:2], case.grid, block=case.block, key_mask=tensors.key_mask, **case.layout_arguments, **case.selection
+    )
+
+
+def sparse(case: Case, tensors: Tensors) -> Tensor:
+    """The package's attention."""
+    return attention(
+        *tensors[:3], case.grid, block=case.block, key_mask=tensors.key_mask, scale=case.scale,
+        **case.layout_arguments, **case.selection,
+    )  # fmt: skip
+
+
+def operator(case: Case, tensors: Tensors) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``torch.ops.vmoba.attention``, which returns out and lse, as a function of q, k and v; the selection is fixed."""
+    words, mask = choose(case, tensors).words, mask_or_empty(tensors)
+    return lambda q, k, v: torch.ops.vmoba.attention(q, k, v, words, mask, *case.sizes, scale=case.op_scale)
 
 
 class Truth(NamedTuple):
