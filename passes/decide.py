@@ -90,11 +90,11 @@ def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int
     if claims(tokens) or claims(key[2]) or not same(axis_size(tokens), axis_size(key[2])):
         return _other_tokens(tokens, key[2], "keys")
     if grid is not None:
-        index = _segment_of_size(tokens, multiply(list(_sizes(grid))))
-        if index is not None and not axis_size(tokens).static:
+        place = _segment_of_size(tokens, multiply(list(_sizes(grid))))
+        if place is not None and not axis_size(tokens).static:
             return _dynamic(tokens)
-        if index is not None:
-            return Decision(Reason.REWRITTEN, layout=_layout(tokens, index, _sizes(grid), "grid= given"))
+        if place is not None:
+            return Decision(Reason.REWRITTEN, layout=_layout(tokens, place, _sizes(grid), "grid= given"))
     return _no_grid(tokens, tracking, grid)
 
 

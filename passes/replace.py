@@ -32,7 +32,7 @@ class Builder:
         with self.graph.inserting_before(self.at):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {name: value for name, value in self.at.meta.items() if name not in ("example_value", "val")}
-        real_args, real_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc]
+        real_args, real_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc,arg-type]
         with self.fake_mode:
             node.meta[self.key] = target(*real_args, **real_kwargs)
         return node

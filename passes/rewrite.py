@@ -21,11 +21,16 @@ Triple = tuple[int, int, int]
 class Policy(Protocol):
     """What the rewrite asks of a configuration."""
 
-    pool: str
-    mode: str
-    threshold: float
-    topk: int | None
-    dense_layers: tuple[int, ...]
+    @property
+    def pool(self) -> str: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def topk(self) -> int | None: ...
+    @property
+    def dense_layers(self) -> tuple[int, ...]: ...
 
     def least_tokens(self, device_type: str) -> int:
         """Sequences shorter than this stay dense."""

@@ -163,11 +163,13 @@ def _type(scope: Scope, node: fx.Node) -> None:
     if name in _WRITES_SECOND_ARGUMENT and isinstance(source, fx.Node):
         _write(scope, node, name)
         return
-    if name == "getitem" and isinstance(source, fx.Node) and isinstance(scope.types.get(source), list):
+    parts = scope.types.get(source) if name == "getitem" and isinstance(source, fx.Node) else None
+    if isinstance(parts, list):
         index = node.args[1]
-        parts = scope.types[source]
-        known = isinstance(index, int) and -len(parts) <= index < len(parts)
-        scope.types[node] = parts[index] if known else op.unknown()  # type: ignore[index]
+        if isinstance(index, int) and -len(parts) <= index < len(parts):
+            scope.types[node] = parts[index]
+        else:
+            scope.types[node] = op.unknown()
         return
     rule = RULES.get(name)
     if rule is not None:
@@ -186,8 +188,9 @@ def _type(scope: Scope, node: fx.Node) -> None:
             result = scope.axes_of(written[0]) or result
     out = node.kwargs.get("out")
     if out is not None:
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            _forget(scope, tensor, op.label)
+        for target in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(target, fx.Node):
+                _forget(scope, target, op.label)
         result = op.unknown()
     if isinstance(result, tuple):
         result = _fitting(op, result)

@@ -6,7 +6,7 @@ rm -rf build dist
 .venv/bin/python -m build --quiet --wheel --no-isolation
 .venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
 work=$(mktemp -d)
-restore() { rm -rf "$work"; "$root/.venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e "$root"; }
+restore() { cd "$root"; rm -rf "$work"; "$root/.venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e "$root"; }
 trap restore EXIT
 cp -r tests setup.cfg examples benchmarks "$work"
 cd "$work"

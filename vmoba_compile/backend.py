@@ -62,6 +62,11 @@ class Rewriter:
     report: Report = field(default_factory=Report)
     graphs: int = 0
 
+    @property
+    def __name__(self) -> str:
+        """How torch.compile names the backend in its messages."""
+        return "vmoba"
+
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         found = rewrite(gm, self.config, grid=self.grid, layers=self.report.layers)
         self.report.merge(found)

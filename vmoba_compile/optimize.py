@@ -123,8 +123,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         except TorchRuntimeError as error:
             raise _input_error(self._orig_mod, (args, kwargs), error) from error
         if not state.dense and state.checked != state.rewriter.graphs:
-            state.checked = state.rewriter.graphs
             self._check_coverage()
+            state.checked = state.rewriter.graphs
         return result
 
     def _check_coverage(self) -> None:
@@ -210,7 +210,7 @@ def _input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> Inp
         if isinstance(leaf, torch.Tensor):
             name = torch.utils._pytree.keystr(path[1:]).strip("[]'")
             devices.setdefault(str(leaf.device), []).append(f"input {name}")
-    if len(devices) > 1:
+    if len(devices) > 1 and "device" in str(error):
         places = "; ".join(f"{names[0]} on {device}" for device, names in devices.items())
         return InputError(f"model and inputs are on several devices: {places}. Move them to one device.")
     cause = str(error).split("from user code:")[0].strip()
