@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -149,8 +150,8 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         data = json.loads(text)
-        if data.get("version") != 1:
-            raise ValueError(f"unknown report version {data.get('version')!r}; this program reads version 1")
+        if not isinstance(data, dict) or data.get("version") != 1:
+            raise ValueError("this is no report of vmoba_compile, or not of version 1")
         return cls([Site.from_dict(site) for site in data["sites"]])
 
     @classmethod
@@ -207,9 +208,10 @@ class Report:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=180, record=html, no_color=not html, force_terminal=False)
+        width = 180 if html else max(80, shutil.get_terminal_size((180, 24)).columns)
+        console = Console(file=StringIO(), width=width, record=html, no_color=not html, force_terminal=False)
         console.print(self)
-        return console.export_html() if html else console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return console.export_html() if html else "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
 
 
 def site_keys(places: Iterable[tuple[str, str]]) -> list[SiteKey]:

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", type=int, metavar="N", help="layers of a named model, fewer are faster to trace")
     command.add_argument("--grid", type=parse_grid, metavar="TxHxW", help="the grid= of optimize")
     command.add_argument("--config", type=Path, metavar="FILE", help="a VMoBAConfig as JSON")
+    command.add_argument("--min-tokens", type=int, metavar="N", help="the min_tokens of the configuration")
     command.add_argument("--save", type=Path, metavar="FILE", help="write the report as .json or .html")
     return parser
 
@@ -56,8 +57,11 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot load {args.model!r}: {error}") from error
     loaded = found()
-    if not (isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[0], nn.Module)):
+    pair = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (None, None)
+    if not isinstance(pair[0], nn.Module) or not isinstance(pair[1], dict):
         raise ValueError(f"{args.model} must return (model, keyword arguments), not {type(loaded).__name__}")
+    if args.tokens or args.layers:
+        raise ValueError("--tokens and --layers are for named models; module:function makes its own inputs")
     return loaded
 
 
@@ -66,7 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        config = VMoBAConfig.from_dict(json.loads(args.config.read_text())) if args.config else VMoBAConfig()
+        if args.save and args.save.suffix not in (".json", ".html"):
+            raise ValueError(f"--save takes a .json or .html file, not {args.save}")
+        options = json.loads(args.config.read_text()) if args.config else {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{args.config} must hold a JSON object of VMoBAConfig's fields")
+        if args.min_tokens is not None:
+            options["min_tokens"] = args.min_tokens
+        config = VMoBAConfig.from_dict(options)
         model, inputs = _load(args)
         start = time.perf_counter()
         found = explain(model, config=config, grid=args.grid, **inputs)

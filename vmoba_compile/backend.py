@@ -61,6 +61,8 @@ class Rewriter:
     strict: bool = False
     report: Report = field(default_factory=Report)
     graphs: int = 0
+    ran: list[Report] | None = None  # reports of the graphs that ran, where somebody wants to know
+    latest: Report | None = None
 
     @property
     def __name__(self) -> str:
@@ -69,11 +71,25 @@ class Rewriter:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         found = rewrite(gm, self.config, grid=self.grid, layers=self.report.layers)
-        self.report.merge(found)
+        self._take(found)
         self.graphs += 1
         if self.strict:
             check_strict(found)
-        return self.inner(gm, example_inputs)
+        compiled = self.inner(gm, example_inputs)
+
+        def run(*inputs: Any) -> Any:
+            if self.latest is not found:
+                self._take(found)
+            if self.ran is not None:
+                self.ran.append(found)
+            return compiled(*inputs)
+
+        return run
+
+    def _take(self, found: Report) -> None:
+        """The report tells of the graph that ran last: one of several sizes, or of training and inference."""
+        self.report.merge(found)
+        self.latest = found
 
 
 def check_strict(report: Report) -> None:
@@ -87,16 +103,16 @@ def check_strict(report: Report) -> None:
 def check_coverage(report: Report, *, strict: bool, expect: int | None) -> None:
     """Raise CoverageError where fewer sites were rewritten than wanted, over all graphs of a call."""
     done = len(report.rewritten)
+    found = f":\n{report}" if len(report) else ": " + NO_ATTENTION
     if expect is not None and done < expect:
-        raise CoverageError(f"expect={expect}, but {done} attentions were rewritten:\n{report}")
+        raise CoverageError(f"expect={expect}, but {done} attentions were rewritten{found}")
     if strict and not done:
-        raise CoverageError(
-            "strict=True, but no attention was rewritten: " + (report.summary() if len(report) else NO_ATTENTION)
-        )
+        raise CoverageError(f"strict=True, but no attention was rewritten{found}")
 
 
 NO_ATTENTION = (
-    "the model's graph holds no attention; is this the video transformer, and does it run under torch.compile?"
+    "no compiled graph with attention ran; is this the video transformer, does it run under torch.compile, and was "
+    "torch._dynamo.config.recompile_limit not reached?"
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -38,8 +38,8 @@ def explain(
         model = model._orig_mod
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    rewriter = Rewriter(_as_config(config), check_grid(grid), _without_running)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    rewriter = Rewriter(_as_config(config), check_grid(grid), _WithoutRunning(fake_mode))
 
     def fake(value: Any) -> Any:
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
@@ -56,14 +56,28 @@ def explain(
         raise
     except TorchRuntimeError as error:
         raise _input_error(model, (args, kwargs), error) from error
+    except DataDependentOutputException as error:
+        raise RewriteError(
+            f"{type(model).__name__} needs a tensor's value ({error.func}) between two graphs, which a dry run has not; "
+            f"use optimize() and report(). Until there: {rewriter.report.summary()}"
+        ) from error
     return rewriter.report
 
 
-def _without_running(gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Any:
-    """An inner compiler whose result returns the traced example values."""
-    outputs = gm.graph.output_node().args[0]
+class _WithoutRunning:
+    """An inner compiler whose result returns fake tensors like the traced ones, for what follows a graph break."""
 
-    def run(*inputs: Any) -> Any:
-        return fx.map_arg(outputs, lambda node: node.meta.get("example_value"))  # type: ignore[arg-type]
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
 
-    return run
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Any:
+        outputs = gm.graph.output_node().args[0]
+
+        def like(node: fx.Node) -> Any:
+            value = node.meta.get("example_value")
+            if not isinstance(value, torch.Tensor):
+                return value
+            with self.fake_mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+        return lambda *inputs: fx.map_arg(outputs, like)

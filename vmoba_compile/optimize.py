@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler
 from .config import VMoBAConfig
 from .kernels.partition import Triple
-from .passes import InputError, Report, RewriteError
+from .passes import CoverageError, InputError, Report, RewriteError
 from .schedule import Schedule
 
 
@@ -40,7 +42,8 @@ def optimize(
         inner: the compiler of the rewritten graph: a ``torch.compile`` backend's name or a callable.
         strict: raise unless every attention that may be over a video is rewritten.
         expect: raise unless at least so many attentions are rewritten.
-        compile_kwargs: ``fullgraph``, ``dynamic``, ``mode``, ``options`` and the rest, as for ``torch.compile``.
+        compile_kwargs: ``fullgraph``, ``dynamic``, ``mode``, ``options`` and the rest, as for ``torch.compile``;
+            ``dynamic`` is False unless given, since blocks and ``min_tokens`` belong to a size.
 
     Returns:
         A module that behaves as ``torch.compile``'s result does (attributes, ``state_dict``, ``train``/``eval``), with
@@ -58,6 +61,8 @@ def optimize(
         raise TypeError("model is compiled already; pass the module that torch.compile or optimize was given")
     if "backend" in compile_kwargs:
         raise ValueError("optimize is itself the backend; choose the compiler of the rewritten graph with inner=")
+    if compile_kwargs.get("disable"):
+        raise ValueError("disable=True leaves nothing to rewrite; use the model itself")
     unknown = sorted(
         set(compile_kwargs) - set(inspect.signature(torch.compile).parameters) | ({"model"} & set(compile_kwargs))
     )
@@ -93,6 +98,8 @@ def _as_config(config: VMoBAConfig | Mapping[str, Any] | None) -> VMoBAConfig:
 def compile_with(model: nn.Module, backend: Inner, compile_kwargs: Mapping[str, Any]) -> Any:
     """``torch.compile`` with its own room for recompilations, where this torch offers that."""
     kwargs = {name: value for name, value in compile_kwargs.items() if name not in ("mode", "options")}
+    # Blocks and min_tokens belong to a size: each gets a graph of its own unless told otherwise.
+    kwargs.setdefault("dynamic", False)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         kwargs.setdefault("isolate_recompiles", True)
     return torch.compile(model, backend=backend, **kwargs)
@@ -110,10 +117,13 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         dense = compile_with(model, compiler, kwargs)
         # Plain attributes would be set on the wrapped model.
         object.__setattr__(self, "_vmoba", _State(settings, rewriter, self.forward, dense.forward))
-        self.forward = self._call
+        # Under an outer torch.compile the graphs made here must still run, not be traced through as plain dense code.
+        self.forward = torch.compiler.disable(self._call, recursive=False)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vmoba
+        rewriter = state.rewriter
+        rewriter.ran = ran = []
         try:
             result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
         except BackendCompilerFailed as error:
@@ -122,24 +132,41 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
             raise
         except TorchRuntimeError as error:
             raise _input_error(self._orig_mod, (args, kwargs), error) from error
-        if not state.dense and state.checked != state.rewriter.graphs:
-            self._check_coverage()
-            state.checked = state.rewriter.graphs
+        finally:
+            rewriter.ran = None
+        if not state.dense:
+            graphs = tuple(map(id, ran))
+            if graphs not in state.checked:
+                self._check_coverage(ran)
+                state.checked.add(graphs)
         return result
 
-    def _check_coverage(self) -> None:
-        settings, report = self._vmoba.settings, self._vmoba.rewriter.report
-        check_coverage(report, strict=settings["strict"], expect=settings["expect"])
-        if not report.rewritten:
-            name = type(self._orig_mod).__name__
-            found = report.summary() if len(report) else NO_ATTENTION
-            warnings.warn(
-                f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()", UserWarning, stacklevel=5
+    def _check_coverage(self, ran: list[Report]) -> None:
+        """Judge one call by the graphs that it ran: none where Dynamo ran the model eagerly, that is dense."""
+        settings = self._vmoba.settings
+        together = Report([site for report in ran for site in report])
+        check_coverage(together, strict=settings["strict"], expect=settings["expect"])
+        name = type(self._orig_mod).__name__
+        if not together.rewritten:
+            found = together.summary() if len(together) else NO_ATTENTION
+            _warn(f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()")
+        times = max((ran.count(report) for report in ran if report.rewritten), default=0)
+        if times > 1:
+            message = (
+                f"one compiled graph of {name} served {times} layers, which so share a layer number and a scheme; "
+                "compile the model without graph breaks (fullgraph=True shows them)"
             )
+            if settings["strict"]:
+                raise CoverageError(f"strict=True, but {message}")
+            _warn(f"vmoba_compile: {message}")
 
     def set_dense(self, dense: bool) -> None:
         """Use the dense graph (True) or the sparse one (False) from the next call on."""
         self._vmoba.dense = bool(dense)
+
+    def is_dense(self) -> bool:
+        """True while the dense graph is used."""
+        return self._vmoba.dense
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -159,6 +186,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         config: VMoBAConfig = self._vmoba.settings["config"]
         if dense_steps is not None:
             config = VMoBAConfig.from_dict(config.to_dict() | {"dense_steps": dense_steps})
+        if isinstance(steps, (bool, float)) or (isinstance(steps, int) and steps < 0):
+            raise ValueError(f"steps must be a number of steps (int, at least 0) or the timesteps, not {steps!r}")
         if isinstance(steps, int):
             steps = range(steps)
         items = steps if isinstance(steps, Sized) else list(steps)
@@ -166,6 +195,15 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OptimizedModel, (self._orig_mod, self._vmoba.settings)
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called the model."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class _State:
@@ -177,7 +215,7 @@ class _State:
         self.sparse_forward = sparse_forward
         self.dense_forward = dense_forward
         self.dense = False
-        self.checked = 0
+        self.checked: set[tuple[int, ...]] = set()  # the sequences of graphs that were judged
 
 
 def report(optimized: nn.Module) -> Report:
@@ -213,11 +251,12 @@ def _input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> Inp
     if len(devices) > 1 and "device" in str(error):
         places = "; ".join(f"{names[0]} on {device}" for device, names in devices.items())
         return InputError(f"model and inputs are on several devices: {places}. Move them to one device.")
-    cause = str(error).split("from user code:")[0].strip()
-    told = [line.split("Explanation:", 1)[1].strip() for line in cause.splitlines() if "Explanation:" in line]
-    frames = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', str(error))
-    where = f" at {':'.join(frames[-1])}" if frames else ""
+    told = re.findall(r"got \w+\(([\"'])(.*?)\1\)", str(error), re.DOTALL)
+    cause = told[-1][1] if told else str(error).split("from user code:")[0].strip().splitlines()[0]
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    where = f" at {Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
     return InputError(
-        f"{type(model).__name__} itself rejects these inputs{where}: {told[0] if told else cause}. The plain model "
-        "fails alike; check frames, height and width against the model's position table and patch size."
+        f"{type(model).__name__} itself rejects these inputs{where}: {cause}. The plain model fails alike; check the "
+        "inputs' dtype, channels, and frames, height and width against the model's position table and patch size."
     )

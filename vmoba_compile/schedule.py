@@ -10,13 +10,15 @@ from typing import Any, Protocol
 class _Switch(Protocol):
     def set_dense(self, dense: bool) -> None: ...
 
+    def is_dense(self) -> bool: ...
+
 
 class Schedule:
     """Steps of one denoising run, of which the first ``dense_steps`` use dense attention.
 
     Iterate over it in place of the timesteps, ``for t in fast.schedule(scheduler.timesteps):``, or enter it and call
     :meth:`step` after each step: ``with fast.schedule(50) as schedule: … schedule.step()``. However often the model is
-    called within a step (guidance), it uses the same attention. At the end the model is sparse again.
+    called within a step (guidance), it uses the same attention. At the end the model is as it was before.
     """
 
     def __init__(self, switch: _Switch, steps: Iterable[Any], count: int, dense_steps: int) -> None:
@@ -25,6 +27,7 @@ class Schedule:
         self.count = count
         self.dense_steps = dense_steps
         self.current = 0
+        self._before = False
 
     @property
     def dense(self) -> bool:
@@ -38,13 +41,14 @@ class Schedule:
 
     def __enter__(self) -> Schedule:
         self.current = 0
+        self._before = self._switch.is_dense()
         self._switch.set_dense(self.dense)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._switch.set_dense(False)
+        self._switch.set_dense(self._before)
 
     def __len__(self) -> int:
         return self.count

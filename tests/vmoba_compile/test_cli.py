@@ -52,10 +52,16 @@ def test_explain_ones_own_model(capsys, tmp_path, monkeypatch):
     assert "spelling" in capsys.readouterr().out
 
 
+def test_min_tokens(capsys):
+    assert main(["explain", "tiny-wan", "--min-tokens", "0"]) == 0
+    assert "3 of 6 attentions rewritten" in capsys.readouterr().out
+
+
 WRONG = {
     "unknown model": (["explain", "wan9"], "unknown model 'wan9'; the models are wan2.1-1.3b"),
     "no such module": (["explain", "no_such_module:make"], "cannot load 'no_such_module:make'"),
     "no model": (["explain", "json:dumps"], ""),
+    "saved as what": (["explain", "tiny-wan", "--save", "report.txt"], "--save takes a .json or .html file"),
     "no config file": (["explain", "tiny-wan", "--config", "missing.json"], "missing.json"),
     "wrong grid": (["explain", "tiny-wan", "--grid", "3x3x3"], "grid=(3, 3, 3) has 27 tokens, but the video has 192"),
 }

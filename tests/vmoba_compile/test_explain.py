@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vmoba_compile
-from vmoba_compile import VMoBAConfig, backend
+from vmoba_compile import RewriteError, VMoBAConfig, backend
 from vmoba_compile.zoo import PRESETS
 
 
@@ -36,6 +36,32 @@ def test_explain_then_optimize():
         assert fast(**inputs).sample.isfinite().all()
     assert vmoba_compile.report(fast).sites == dry.sites
     assert vmoba_compile.explain(fast, config=models.CONFIG, **inputs).sites == dry.sites
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.model, self.inputs = models.build("wan", batch=1)
+        self.between = between
+
+    def forward(self, latents):
+        out = self.model(**self.inputs | {"hidden_states": latents}).sample
+        self.between(out)
+        return self.model(**self.inputs | {"hidden_states": out}).sample
+
+
+def test_goes_on_past_a_graph_break():
+    torch._dynamo.reset()
+    model = Broken(lambda out: torch._dynamo.graph_break())
+    report = vmoba_compile.explain(model, model.inputs["hidden_states"], config=models.CONFIG)
+    assert len(report.rewritten) in (3, 6)  # the second call may find the first one's graph
+
+
+def test_says_where_a_dry_run_ends():
+    torch._dynamo.reset()
+    model = Broken(lambda out: out.max().item())
+    with pytest.raises(RewriteError, match=r"needs a tensor's value .* use optimize\(\) and report\(\)"):
+        vmoba_compile.explain(model, model.inputs["hidden_states"], config=models.CONFIG)
 
 
 def test_auto_min_tokens_is_by_device():

@@ -246,6 +246,103 @@ def test_own_model_with_text_in_front():
     assert (site.reason.value, site.grid, site.prefix, site.suffix) == ("rewritten", (4, 4, 4), 5, 0)
 
 
+class Blocks(nn.Module):
+    """Three attention layers, and what happens between them."""
+
+    def __init__(self, between=lambda: None) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, 16, (1, 2, 2), (1, 2, 2))
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.between = between
+
+    def forward(self, video):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = x + self.attend(layer, x)
+            self.between()
+        return x
+
+    def attend(self, layer, x):
+        q, k, v = layer(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def clip(rows: int = 8, frames: int = 4) -> torch.Tensor:
+    return torch.randn(1, 3, frames, 2 * rows, 16)
+
+
+class TestNeverSilentlyDense:
+    """Wherever Dynamo runs the model without a rewritten graph, the user is told."""
+
+    def test_a_model_that_dynamo_leaves_alone(self):
+        class Disabled(Blocks):
+            @torch.compiler.disable
+            def forward(self, video):
+                return super().forward(video)
+
+        with pytest.raises(CoverageError, match="no compiled graph with attention ran"):
+            optimize(Disabled(), strict=True)(clip())
+        with pytest.warns(UserWarning, match="left Disabled dense: no compiled graph with attention ran"):
+            optimize(Disabled())(clip())
+
+    def test_past_the_recompile_limit(self):
+        fast = optimize(Blocks())
+        with torch._dynamo.config.patch(recompile_limit=2):
+            fast(clip(8))
+            fast(clip(6))
+            with pytest.warns(UserWarning, match="recompile_limit not reached"):
+                fast(clip(4))
+
+    def test_inside_another_compiled_model(self):
+        class Parent(nn.Module):
+            def __init__(self, child):
+                super().__init__()
+                self.child = child
+
+            def forward(self, x):
+                return self.child(x) * 2
+
+        fast, video = optimize(Blocks(), expect=3), clip()
+        expected = 2 * fast(video)
+        assert torch.equal(torch.compile(Parent(fast), backend="eager")(video), expected)
+        assert torch.equal(torch.compile(fast, backend="eager")(video) * 2, expected)
+
+    def test_one_graph_for_several_layers(self):
+        class Layer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(16, 48)
+
+            def forward(self, x):
+                return x + Blocks.attend(self, self.inner, x)
+
+        class Broken(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x)
+                    print(end="")
+                return x
+
+        tokens = torch.randn(1, 4 * 8 * 8, 16)
+        with pytest.warns(UserWarning, match="served 3 layers, which so share a layer number and a scheme"):
+            optimize(Broken(), grid=(4, 8, 8))(tokens)
+        with pytest.raises(CoverageError, match="strict=True, but one compiled graph of Broken served 3 layers"):
+            optimize(Broken(), grid=(4, 8, 8), strict=True)(tokens)
+
+    def test_each_call_is_judged_by_itself(self):
+        fast = optimize(Blocks(), VMoBAConfig(min_tokens=200), expect=3)
+        fast(clip(8))
+        for _ in range(2):
+            with pytest.raises(CoverageError, match="expect=3, but 0"):
+                fast(clip(4))
+            fast(clip(8))
+            assert len(vmoba_compile.report(fast).rewritten) == 3, "the report tells of the graph that ran last"
+
+
 _WARM = """
 import json, sys, torch, vmoba_compile
 from vmoba_compile.zoo import PRESETS

@@ -56,6 +56,22 @@ def test_sparse_again_after_an_error_or_a_break(fast):
     assert not is_dense(fast)
 
 
+def test_nesting_restores_what_was_before(fast):
+    with fast.dense():
+        assert [is_dense(fast) for _ in fast.schedule(2, dense_steps=0)] == [False, False]
+        assert is_dense(fast)
+    for _ in fast.schedule(2, dense_steps=1):
+        outer = is_dense(fast)
+        list(fast.schedule(3))
+        assert is_dense(fast) == outer
+
+
+@pytest.mark.parametrize("steps", [-1, True, 2.5])
+def test_wrong_steps(fast, steps):
+    with pytest.raises(ValueError, match="steps must be a number of steps"):
+        fast.schedule(steps)
+
+
 def test_no_dense_steps(fast):
     assert not any(is_dense(fast) for _ in fast.schedule(3, dense_steps=0))
 
