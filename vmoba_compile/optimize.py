@@ -193,6 +193,10 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         items = steps if isinstance(steps, Sized) else list(steps)
         return Schedule(self, items, len(items), config.dense_step_count(len(items)))
 
+    def __bool__(self) -> bool:
+        # Otherwise truth asks for the length, which torch's class refuses where the model has none.
+        return True
+
     def __reduce__(self) -> tuple[Any, ...]:
         return OptimizedModel, (self._orig_mod, self._vmoba.settings)
 
