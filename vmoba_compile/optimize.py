@@ -123,7 +123,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vmoba
         rewriter = state.rewriter
-        rewriter.ran = ran = []
+        ran: list[Report] = []
+        rewriter.ran = ran
         try:
             result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
         except BackendCompilerFailed as error:
