@@ -58,15 +58,21 @@ def index_map(rank: int, index: object) -> IndexMap | None:
 
 def sliced(op: Op) -> Axes:
     """Basic indexing, aten.slice, narrow and select."""
-    mapping, axes = slicing(op), op.tokens()
+    mapping = slicing(op)
     if mapping is None or len(mapping) != len(op.sizes):
         return indexed(op)
+    return _mapped(op, mapping)
+
+
+def _mapped(op: Op, mapping: IndexMap) -> Axes:
+    """The result's axes, each taken from where the map says."""
+    axes, sizes = op.tokens(), op.sizes
     return tuple(
         UNIT
         if source is None
         else axes[source]
         if item is None
-        else slice_axis(axes[source], item, op.sizes[dim], f"{op.label}[{dim}]")
+        else slice_axis(axes[source], item, sizes[dim], f"{op.label}[{dim}]")
         for dim, (source, item) in enumerate(mapping)
     )
 
@@ -85,12 +91,7 @@ def indexed(op: Op) -> Axes:
         items[picking[0]] = builtins.slice(0, None, 2)  # a stand-in: some positions of that axis
         mapping = index_map(len(axes), tuple(items))
         if mapping is not None and len(mapping) == len(op.sizes):
-            return tuple(
-                UNIT if source is None
-                else axes[source] if item is None
-                else slice_axis(axes[source], item, op.sizes[dim], f"{op.label}[{dim}]")
-                for dim, (source, item) in enumerate(mapping)
-            )  # fmt: skip
+            return _mapped(op, mapping)
     return tuple(mixed(axes, size, f"{op.label}[{dim}]") for dim, size in enumerate(op.sizes))
 
 
