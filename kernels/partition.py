@@ -52,6 +52,12 @@ class Geometry:
         return counts[0] * counts[1] * counts[2]
 
     @property
+    def box_size(self) -> int:
+        """Tokens of the largest box."""
+        frames, rows, columns = (min(step, size) for step, size in zip(self.block, self.grid, strict=True))
+        return frames * rows * columns
+
+    @property
     def num_words(self) -> int:
         """int32 words in one query's bit set."""
         return -(-self.num_boxes // WORD_BITS)

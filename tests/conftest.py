@@ -8,6 +8,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton kernels run in the interpreter; Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True, print_blob=True)
 # HYPOTHESIS_PROFILE=explore draws new examples at every run, and more of them.
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)

@@ -1,0 +1,56 @@
+"""What every Triton kernel here shares: box arithmetic on the device, an order-preserving key, the launch.
+
+Sizes are run-time integers that Triton does not specialise on, so one compiled kernel serves every grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def box_of_token(n, rows, columns, bt, bh, bw, box_rows, box_columns):
+    """Box number of video token ``n`` (raster index)."""
+    frame = n // (rows * columns)
+    rest = n - frame * (rows * columns)
+    row = rest // columns
+    column = rest - row * columns
+    return ((frame // bt) * box_rows + row // bh) * box_columns + column // bw
+
+
+@triton.jit
+def box_shape(c, frames, rows, columns, bt, bh, bw, box_rows, box_columns):
+    """First (frame, row, column) of box ``c`` and its extent on each axis; edge boxes are shorter."""
+    a = c // (box_rows * box_columns)
+    rest = c - a * (box_rows * box_columns)
+    b = rest // box_columns
+    t0, h0, w0 = a * bt, b * bh, (rest - b * box_columns) * bw
+    return t0, h0, w0, tl.minimum(bt, frames - t0), tl.minimum(bh, rows - h0), tl.minimum(bw, columns - w0)
+
+
+@triton.jit
+def token_in_box(r, t0, h0, w0, eh, ew, rows, columns):
+    """Raster index of the ``r``-th token (raster order within the box) of a box."""
+    a = r // (eh * ew)
+    rest = r - a * (eh * ew)
+    b = rest // ew
+    return ((t0 + a) * rows + h0 + b) * columns + w0 + rest - b * ew
+
+
+@triton.jit
+def box_start(t0, h0, w0, et, eh, rows, columns):
+    """Number of video tokens in the boxes before a box, boxes in raster order."""
+    return t0 * rows * columns + et * (h0 * columns) + et * eh * w0
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run ``kernel`` over ``grid``; nothing for an empty grid, which CUDA refuses."""
+    if all(grid):
+        kernel[grid](*args, **options)
+
+
+def power_of_two(n: int) -> int:
+    return triton.next_power_of_2(max(1, n))
