@@ -1,0 +1,88 @@
+"""Merge the partial results of each query: softmax-weighted by their log-sum-exps.
+
+The partials of a query lie side by side, so a program of one warp streams a few queries' rows; the kernel is bound by
+memory, and small programs keep many loads in flight.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend_lists import CHUNK_FIELDS
+
+_CHUNK_FIELDS = tl.constexpr(CHUNK_FIELDS)
+LN2 = tl.constexpr(0.6931471805599453)
+
+QUERIES = 4  # queries per program
+
+
+@triton.jit
+def merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES: tl.constexpr, D: tl.constexpr):
+    """Rows ``slot .. slot + size`` [QUERIES] of the buffer to rows ``to`` of the output; no rows give 0 and -inf."""
+    d = tl.arange(0, D)
+    most = tl.max(size)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    for j in range(most):
+        peak = tl.maximum(peak, tl.load(PART_LSE + slot + j, mask=j < size, other=float("-inf")))
+    safe = tl.where(peak > float("-inf"), peak, 0.0)
+    acc = tl.zeros([QUERIES, D], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    for j in range(most):
+        weight = tl.exp2(tl.load(PART_LSE + slot + j, mask=j < size, other=float("-inf")) - safe)
+        rows = tl.load(PART + (slot + j)[:, None].to(tl.int64) * D + d[None, :], mask=(j < size)[:, None], other=0.0)
+        acc += weight[:, None] * rows.to(tl.float32)  # [QUERIES, D]
+        total += weight
+    empty = total == 0.0
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    store = inside[:, None] & (d < head_dim)[None, :]
+    tl.store(OUT + to[:, None] * head_dim + d[None, :], out.to(OUT.dtype.element_ty), mask=store)
+    lse = tl.where(empty, float("-inf"), (safe + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    tl.store(LSE + to, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "tokens", "head_dim"])
+def merge_chunks(
+    PART, PART_LSE, PLACE, CHUNKS, FIRST_CHUNK, OUT, LSE, first_head, last_head, turn, ring, tokens, head_dim,
+    QUERIES: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Merge chunk ``turn * ring + program_id(1)`` of a group of heads, if it exists."""
+    chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring + tl.program_id(1)
+    if chunk < tl.load(FIRST_CHUNK + last_head):
+        info = CHUNKS + chunk * _CHUNK_FIELDS
+        head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
+        s = first + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+        inside = s < last
+        to = head * tokens + s
+        slot = tl.load(PLACE + to * 2, mask=inside, other=0)
+        size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
+        merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+
+
+@triton.jit(do_not_specialize=["tokens", "head_dim"])
+def merge_last(
+    PART, PART_LSE, PLACE, CHUNKS, TOTALS, OUT, LSE, tokens, head_dim, QUERIES: tl.constexpr, D: tl.constexpr
+):
+    """Merge the last chunk, which a kernel that merges while it attends leaves over."""
+    chunk = tl.load(TOTALS + 1) - 1
+    if chunk >= 0:
+        info = CHUNKS + chunk * _CHUNK_FIELDS
+        head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
+        s = first + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+        inside = s < last
+        to = head * tokens + s
+        slot = tl.load(PLACE + to * 2, mask=inside, other=0)
+        size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
+        merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+
+
+@triton.jit(do_not_specialize=["rows", "head_dim"])
+def refuse(TOTALS, OUT, LSE, rows, head_dim, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Fill the result with NaN where the selection had more pairs than the lists could hold."""
+    if tl.load(TOTALS + 2) != 0:
+        row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        d = tl.arange(0, D)
+        nan = tl.full([BLOCK, D], float("nan"), tl.float32)
+        store = (row < rows)[:, None] & (d < head_dim)[None, :]
+        tl.store(OUT + row[:, None] * head_dim + d[None, :], nan.to(OUT.dtype.element_ty), mask=store)
+        tl.store(LSE + row, tl.full([BLOCK], float("nan"), tl.float32), mask=row < rows)

@@ -1,0 +1,193 @@
+"""Attention to the selected boxes in portable Triton, for every architecture that Triton compiles for.
+
+Keys and values of a few heads at a time are packed into box order, every box padded with zeros to whole blocks of keys:
+the inner loop then reads whole tiles through tensor descriptors (TMA where the hardware has it) and never a row of
+another box. One program takes one tile of queries through one box; a tile's rows are gathered by index.
+
+Tiles of 128 queries by 64 keys with 4 warps leave room for two programs per multiprocessor, which hide each other's
+gathers; larger key blocks spill (head sizes of 128 in 16 bits), and so do blocks of 64 where the operands of a product
+lie in registers. arXiv 2506.23858, section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import attend_lists
+from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
+from .attend_merge import QUERIES, merge_chunks, refuse
+from .partition import Geometry
+from .triton_tools import launch, power_of_two
+
+_RANK_BITS = tl.constexpr(RANK_BITS)
+_RANK_MASK = tl.constexpr(2**RANK_BITS - 1)
+_TILE_FIELDS = tl.constexpr(TILE_FIELDS)
+_CHUNK_FIELDS = tl.constexpr(CHUNK_FIELDS)
+LOG2E = 1.4426950408889634
+
+# (bytes of an element, padded head size) -> keys per block, warps, stages. Smaller heads take the entry of 64.
+# Tensor cores that read shared memory: compute capability 9 and 10.
+SHARED_OPERANDS = {
+    (2, 64): (64, 4, 3), (2, 128): (64, 4, 2), (2, 256): (32, 8, 2),
+    (4, 64): (32, 4, 2), (4, 128): (32, 8, 2), (4, 256): (16, 8, 1),
+}  # fmt: skip
+# All others: operands lie in registers, and some parts have only 99 KiB of shared memory.
+REGISTER_OPERANDS = {
+    (2, 64): (32, 4, 3), (2, 128): (32, 8, 2), (2, 256): (16, 8, 2),
+    (4, 64): (16, 8, 2), (4, 128): (16, 8, 2), (4, 256): (16, 8, 1),
+}  # fmt: skip
+
+
+def tile_shape(q: Tensor) -> tuple[int, int, int]:
+    """Keys per block, warps and stages for the tensor's device, dtype and head size."""
+    shapes = REGISTER_OPERANDS
+    if q.device.type == "cpu" or torch.cuda.get_device_capability(q.device)[0] in (9, 10):
+        shapes = SHARED_OPERANDS
+    return shapes[q.element_size(), max(64, power_of_two(q.shape[-1]))]
+
+
+@triton.jit(do_not_specialize=["first_head", "kv_heads", "tokens", "boxes", "stride", "masked", "head_dim"])
+def pack_keys(
+    K, V, KEYS, SPAN, PACKED_K, PACKED_V, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    first_head, kv_heads, tokens, boxes, stride, masked, head_dim, BLOCK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of one head in box order, boxes ``stride`` rows apart, zeros behind the last key of a box."""
+    head = first_head + tl.program_id(1).to(tl.int64)
+    sample, of_sample = head // kv_heads, head % kv_heads
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D)
+    box = row // stride
+    r = row - box * stride
+    span = SPAN + ((sample * masked) * boxes + box) * 2
+    inside = box < boxes
+    first, size = tl.load(span, mask=inside, other=0), tl.load(span + 1, mask=inside, other=0)
+    token = tl.load(KEYS + sample * masked * tokens + first + r, mask=r < size, other=0).to(tl.int64)
+    read = (r < size)[:, None] & (d < head_dim)[None, :]
+    at = (tl.program_id(1).to(tl.int64) * boxes * stride + row)[:, None] * D + d[None, :]
+    k = tl.load(K + sample * k_batch + of_sample * k_head + token[:, None] * k_token + d[None, :], mask=read, other=0.0)
+    tl.store(PACKED_K + at, k, mask=inside[:, None])
+    v = tl.load(V + sample * v_batch + of_sample * v_head + token[:, None] * v_token + d[None, :], mask=read, other=0.0)
+    tl.store(PACKED_V + at, v, mask=inside[:, None])
+
+
+@triton.jit
+def attend_block(q, peak, total, acc, keys, values, row, left, scale, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """One block of keys through the running softmax of a tile of queries (base 2)."""
+    k = keys.load([row, 0])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [TILE, BLOCK]
+    if MASKED:
+        scores = tl.where(tl.arange(0, BLOCK)[None, :] < left, scores, float("-inf"))
+    new = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new[:, None])
+    decay = tl.exp2(peak - new)
+    total = total * decay + tl.sum(weights, 1)
+    v = values.load([row, 0])
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new, total, acc
+
+
+@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "heads", "group", "tokens", "boxes", "stride",
+                               "head_dim"])  # fmt: skip
+def attend_tiles(
+    Q, keys, values, ENTRIES, PLACE, TILES, CHUNKS, FIRST_CHUNK, PART, PART_LSE, q_batch, q_head, q_token, scale,
+    first_head, last_head, turn, ring, heads, group, tokens, boxes, stride, head_dim,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of chunks ``turn * ring`` to ``turn * ring + ring`` of a group of heads."""
+    chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring
+    end = tl.minimum(chunk + ring, tl.load(FIRST_CHUNK + last_head))
+    if chunk < end:
+        tile = tl.load(CHUNKS + chunk * _CHUNK_FIELDS + 3) + tl.program_id(0)
+        if tile < tl.load(CHUNKS + (end - 1) * _CHUNK_FIELDS + 4):
+            info = TILES + tile * _TILE_FIELDS
+            head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
+            size, box = tl.load(info + 4), tl.load(info + 6)
+            at = first + tl.arange(0, TILE)
+            inside = at < last
+            entry = tl.load(ENTRIES + at, mask=inside, other=0)
+            s = (entry >> _RANK_BITS).to(tl.int64)
+            slot = tl.load(PLACE + (head * tokens + s) * 2, mask=inside, other=0) + (entry & _RANK_MASK)
+            d = tl.arange(0, D)
+            base = Q + (head // heads) * q_batch + (head % heads) * q_head
+            q = tl.load(base + s[:, None] * q_token + d[None, :], mask=(d < head_dim)[None, :], other=0.0)  # [TILE, D]
+            row = (((head - first_head) // group) * boxes + box).to(tl.int32) * stride
+            peak = tl.full([TILE], float("-inf"), tl.float32)
+            total = tl.zeros([TILE], tl.float32)
+            acc = tl.zeros([TILE, D], tl.float32)
+            whole = size // BLOCK
+            for j in tl.range(0, whole, num_stages=STAGES):
+                peak, total, acc = attend_block(
+                    q, peak, total, acc, keys, values, row + j * BLOCK, BLOCK, scale, BLOCK, False
+                )
+            if size > whole * BLOCK:
+                left = size - whole * BLOCK
+                peak, total, acc = attend_block(
+                    q, peak, total, acc, keys, values, row + whole * BLOCK, left, scale, BLOCK, True
+                )
+            acc = acc / total[:, None]
+            tl.store(PART + slot[:, None].to(tl.int64) * D + d[None, :], acc.to(PART.dtype.element_ty),
+                     mask=inside[:, None])  # fmt: skip
+            tl.store(PART_LSE + slot, peak + tl.log2(total), mask=inside)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
+    capacity: int, scratch: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group, num_heads = heads // kv_heads, batch * heads
+    dim = max(16, power_of_two(head_dim))
+    block, warps, stages = tile_shape(q)
+    boxes = geometry.num_boxes + (geometry.num_condition > 0)
+    longest = max(geometry.box_size, geometry.num_condition)
+    stride = triton.cdiv(longest, block) * block
+    packed_head = boxes * stride * dim * q.element_size()
+    together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))  # kv heads packed at a time
+
+    row_bytes = dim * q.element_size() + 4
+    per_head = min(triton.cdiv(capacity, num_heads), tokens * boxes)
+    slack = attend_lists.GROUP * boxes
+    left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
+    chunk_pairs = max(min(per_head, left - slack), slack)
+    ring = max(1, min(together * group, left // (chunk_pairs + slack)))
+    lists = attend_lists.build(words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring)
+    masked = int(key_mask.numel() > 0)
+
+    new = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    packed_k, packed_v = new(together * boxes * stride, dim), new(together * boxes * stride, dim)
+    keys, values = (TensorDescriptor.from_tensor(x, [block, dim]) for x in (packed_k, packed_v))
+    part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
+    out, lse = new(*q.shape), new(batch, heads, tokens, dtype=torch.float32)
+    most_pairs = tokens * boxes  # of one head
+    for first in range(0, batch * kv_heads, together):
+        count = min(together, batch * kv_heads - first)
+        launch(
+            pack_keys, (triton.cdiv(boxes * stride, 64), count), k, v, lists.keys, lists.span, packed_k, packed_v,
+            *k.stride()[:3], *v.stride()[:3], first, kv_heads, tokens, boxes, stride, masked, head_dim,
+            BLOCK=64, D=dim, num_warps=4,
+        )  # fmt: skip
+        bounds = first * group, (first + count) * group
+        in_group = min(count * group * most_pairs, capacity)
+        chunks = min(count * group * triton.cdiv(most_pairs, lists.slots - slack),
+                     count * group + in_group // (lists.slots - slack))  # fmt: skip
+        tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
+        for turn in range(triton.cdiv(chunks, ring)):
+            launch(
+                attend_tiles, (tiles,), q, keys, values, lists.entries, lists.place, lists.tiles, lists.chunks,
+                lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring, heads, group,
+                tokens, boxes, stride, head_dim, TILE=TILE, BLOCK=block, D=dim, STAGES=stages, num_warps=warps,
+            )  # fmt: skip
+            launch(
+                merge_chunks, (triton.cdiv(tokens, QUERIES), ring), part, part_lse, lists.place, lists.chunks,
+                lists.first_chunk, out, lse, *bounds, turn, ring, tokens, head_dim,
+                QUERIES=QUERIES, D=dim, num_warps=1,
+            )  # fmt: skip
+    rows = num_heads * tokens
+    launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)
+    return out, lse
