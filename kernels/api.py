@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops  # registers torch.ops.vmoba
+from . import ops  # noqa: F401 - registers torch.ops.vmoba
+from .implementations import DEVICES, IMPLEMENTATIONS
 from .partition import Geometry, Triple, box_order, unpack_bits
 
 POOLS = ("head_global", "query_head", "block", "overall")
@@ -36,12 +37,21 @@ class Selection:
         return (torch.stack(kept) / num_video**2).float().view(batch, heads)
 
 
-def check_selection(*, pool: str, mode: str, threshold: float, topk: int | None, granularity: str = "token") -> None:
+def check_selection(
+    *,
+    pool: str,
+    mode: str,
+    threshold: float,
+    topk: int | None,
+    granularity: str = "token",
+    implementation: str = "auto",
+) -> None:
     """Raise ValueError or TypeError unless the selection's options are known and fit together."""
     for name, value, known in (
         ("pool", pool, POOLS),
         ("mode", mode, MODES),
         ("granularity", granularity, GRANULARITIES),
+        ("implementation", implementation, IMPLEMENTATIONS),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
@@ -129,6 +139,7 @@ def select(
     threshold: float = 0.25,
     topk: int | None = None,
     granularity: str = "token",
+    implementation: str = "auto",
 ) -> Selection:
     """Choose the boxes that each video query attends to (arXiv 2506.23858, sections 3.2 to 3.4).
 
@@ -144,6 +155,8 @@ def select(
         mode: "threshold" takes entries until they hold ``threshold`` of the pool's weight; "topk" takes ``topk``
             boxes a query (on average over the pool), the query's own box included.
         granularity: "token", the paper's rule.
+        implementation: "reference" (plain torch), "triton" (portable kernels for GPUs), "hopper" (attention for compute
+            capability 9.0) or "auto", the fastest that takes the tensors; by name never another one.
 
     Returns:
         The selection, on q's device. No gradient flows through it.
@@ -152,14 +165,16 @@ def select(
         ValueError, TypeError: an argument is out of range, of the wrong type, or does not fit the others.
     """
     _require_tensors(q=q, k=k)
-    check_selection(pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity)
+    check_selection(
+        pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity, implementation=implementation
+    )
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, None, key_mask, geometry)
     mask = _mask_or_empty(q, key_mask)
     # Detached rather than under no_grad, which an exported program shows as a nested graph.
     words = torch.ops.vmoba.select(
         q.detach(), k.detach(), mask, *geometry.grid, *geometry.block, prefix, suffix,
-        pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0,
+        pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0, implementation=implementation,
     )  # fmt: skip
     return Selection(words, geometry)
 
@@ -180,6 +195,7 @@ def attention(
     threshold: float = 0.25,
     topk: int | None = None,
     granularity: str = "token",
+    implementation: str = "auto",
 ) -> Tensor:
     """VMoBA sparse attention (arXiv 2506.23858): softmax over the selected boxes and the condition tokens.
 
@@ -198,18 +214,19 @@ def attention(
     _require_tensors(q=q, k=k, v=v)
     device = q.device.type
     # Asked of devices with an implementation only: autocast knows no others, such as meta.
-    if device in ops.IMPLEMENTATIONS and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if device in DEVICES and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, v, key_mask, geometry)
     selection = select(
         q, k, grid, block=block, prefix=prefix, suffix=suffix, key_mask=key_mask,
-        pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity,
+        pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity, implementation=implementation,
     )  # fmt: skip
     return torch.ops.vmoba.attention(
         q, k, v, selection.words, _mask_or_empty(q, key_mask), *geometry.grid, *geometry.block, prefix, suffix,
-        scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
+        scale=float(q.shape[-1] ** -0.5 if scale is None else scale), implementation=implementation,
+        threshold=float(threshold) if mode == "threshold" else 1.0, topk=(topk or 0) if mode == "topk" else 0,
     )[0]  # fmt: skip
 
 

@@ -7,15 +7,14 @@ All are functional, return contiguous tensors and take Tensor, int, float, bool 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference_attention, reference_select
+from . import implementations, reference_attention
 from .partition import Geometry, box_counts, box_order, unpack_bits
 
 _SIZES = "SymInt t, SymInt h, SymInt w, SymInt bt, SymInt bh, SymInt bw, SymInt prefix, SymInt suffix"
@@ -25,83 +24,68 @@ def _geometry(t: int, h: int, w: int, bt: int, bh: int, bw: int, prefix: int, su
     return Geometry((t, h, w), (bt, bh, bw), prefix, suffix)
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones."""
-
-    @wraps(implementation)
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return implementation(first, *args, **kwargs)
-
-    return run
-
-
-@_without_autocast
-def _select_reference(
-    q: Tensor, k: Tensor, key_mask: Tensor, *sizes: int, pool: str, mode: str, threshold: float, topk: int
-) -> Tensor:
-    return reference_select.select(
-        q, k, key_mask, _geometry(*sizes), pool=pool, mode=mode, threshold=threshold, topk=topk
-    )
+def _select(
+    q: Tensor, k: Tensor, key_mask: Tensor, *sizes: int,
+    pool: str, mode: str, threshold: float, topk: int, implementation: str = "auto",
+) -> Tensor:  # fmt: skip
+    return implementations.select(
+        q, k, key_mask, _geometry(*sizes),
+        pool=pool, mode=mode, threshold=threshold, topk=topk, implementation=implementation,
+    )  # fmt: skip
 
 
-@_without_autocast
-def _attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return reference_attention.attention(q, k, v, selected, key_mask, _geometry(*sizes), scale)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int,
+    scale: float, threshold: float = 1.0, topk: int = 0, implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return implementations.attention(
+        q, k, v, selected, key_mask, _geometry(*sizes),
+        scale=scale, threshold=threshold, topk=topk, implementation=implementation,
+    )  # fmt: skip
 
 
-@_without_autocast
-def _attention_backward_reference(
+def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, lse: Tensor, delta: Tensor,
     *sizes: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return reference_attention.attention_backward(
-        dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale
-    )
+    # Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones.
+    with torch.autocast(q.device.type, enabled=False):
+        return reference_attention.attention_backward(
+            dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale
+        )
 
-
-# One entry per device and op; an op called on a device without an entry raises NotImplementedError naming both.
-_REFERENCE = {
-    "select": _select_reference,
-    "attention": _attention_reference,
-    "attention_backward": _attention_backward_reference,
-}
-IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {"cpu": _REFERENCE, "cuda": _REFERENCE}
 
 _SCHEMAS = {
-    "select": f"(Tensor q, Tensor k, Tensor key_mask, {_SIZES}, *, str pool, str mode, float threshold, int topk)"
-    " -> Tensor",
-    "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale)"
-    " -> (Tensor, Tensor)",
+    "select": f"(Tensor q, Tensor k, Tensor key_mask, {_SIZES}, *, str pool, str mode, float threshold, int topk,"
+    ' str implementation="auto") -> Tensor',
+    # threshold and topk are those of the selection, 1 and 0 where it is unknown: they bound the memory for its pairs.
+    "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale,"
+    ' float threshold=1.0, int topk=0, str implementation="auto") -> (Tensor, Tensor)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor lse,"
     f" Tensor delta, {_SIZES}, *, float scale) -> (Tensor, Tensor, Tensor)",
 }
 
 
-def _define(name: str) -> torch.library.CustomOpDef:
-    first, *others = IMPLEMENTATIONS
+def _define(name: str, body: Callable[..., Any], *tags: torch.Tag) -> torch.library.CustomOpDef:
+    first, *others = implementations.DEVICES
     op = torch.library.custom_op(
-        f"vmoba::{name}",
-        IMPLEMENTATIONS[first][name],
-        mutates_args=(),
-        device_types=first,
-        schema=_SCHEMAS[name],
-        tags=(torch.Tag.cudagraph_unsafe,),  # the reference waits for the host: Inductor leaves it out of CUDA graphs
+        f"vmoba::{name}", body, mutates_args=(), device_types=first, schema=_SCHEMAS[name], tags=tags
     )
     for device in others:
-        op.register_kernel(device, IMPLEMENTATIONS[device][name])
+        op.register_kernel(device, body)
     return op
 
 
-select = _define("select")
-attention = _define("attention")
-attention_backward = _define("attention_backward")
+select = _define("select", _select)
+attention = _define("attention", _attention)
+# The backward is the reference, which waits for the host: Inductor leaves it out of CUDA graphs.
+attention_backward = _define("attention_backward", _attention_backward, torch.Tag.cudagraph_unsafe)
 
 
 @select.register_fake
-def _select_fake(q, k, key_mask, t, h, w, bt, bh, bw, prefix, suffix, *, pool, mode, threshold, topk):
+def _select_fake(
+    q, k, key_mask, t, h, w, bt, bh, bw, prefix, suffix, *, pool, mode, threshold, topk, implementation="auto"
+):
     counts = box_counts((t, h, w), (bt, bh, bw))
     words = (counts[0] * counts[1] * counts[2] + 31) // 32
     return q.new_empty((q.shape[0], q.shape[1], t * h * w, words), dtype=torch.int32)
@@ -112,7 +96,7 @@ def _accumulator(q: Tensor) -> torch.dtype:
 
 
 @attention.register_fake
-def _attention_fake(q, k, v, selected, key_mask, *sizes, scale):
+def _attention_fake(q, k, v, selected, key_mask, *sizes, scale, threshold=1.0, topk=0, implementation="auto"):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulator(q))
 
 

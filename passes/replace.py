@@ -79,7 +79,10 @@ def replace_attention(
     head_dim = (shape_of(call.query) or [])[-1]  # a number: nothing else is rewritten
     scale = float(head_dim.hint**-0.5 if call.scale is None else call.scale)
     selected = builder.call(SELECT, query, key, mask, *places, **selection)
-    both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale)
+    # The rule bounds the pairs that it selects, and with them the kernels' buffers.
+    by_count = selection["mode"] == "topk"
+    bound = {"topk": selection["topk"]} if by_count else {"threshold": selection["threshold"]}
+    both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale, **bound)
     result = builder.call(operator.getitem, both, 0)
     call.node.replace_all_uses_with(result)
     name = call.node.name

@@ -1,0 +1,137 @@
+"""Which implementation runs: by name, or the fastest one that takes the tensors.
+
+``reference`` is plain torch on any device. ``triton`` runs on GPUs (and on a CPU under ``TRITON_INTERPRET=1``).
+``hopper`` attends with a kernel for compute capability 9.0; its selection is the same as ``triton``'s. A name never
+gives another implementation than it says; ``auto`` takes ``hopper``, else ``triton``, else ``reference``.
+
+Triton is imported where it is first needed: machines without it have the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import reference_attention, reference_select
+from .partition import Geometry
+
+IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
+DEVICES = ("cpu", "cuda")
+
+MAX_HEAD_DIM = 256
+MAX_ROW_BOXES = 2048  # pool "query_head" keeps a row of the gate in registers, and its means in shared memory
+LARGE_SHARED = 160 * 1024  # bytes; with less, rows are half as long and float32 heads at most 128
+
+
+def select(
+    q: Tensor, k: Tensor, key_mask: Tensor, geometry: Geometry, *,
+    pool: str, mode: str, threshold: float, topk: int, implementation: str,
+) -> Tensor:  # fmt: skip
+    """Bit sets int32 [B, H, N, ceil(C / 32)]; see the operator ``vmoba::select``."""
+    if _resolve(implementation, lambda: _no_selection(q, geometry, pool)) == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference_select.select(
+                q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk
+            )
+    from . import select_triton
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return select_triton.select(q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, geometry: Geometry, *,
+    scale: float, threshold: float, topk: int, implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
+    name = _resolve(implementation, lambda: _no_attention(q, geometry))
+    if name == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
+    from . import attend
+
+    # What the selection kept bounds its pairs, and with them the kernels' buffers.
+    share = min(1.0, threshold)
+    if topk:
+        share = (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
+    elif share > 0.99:
+        share = 1.0
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if implementation == "auto":
+        name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return attend.attention(q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share)
+
+
+def _resolve(implementation: str, why_not_triton: Callable[[], str]) -> str:
+    """The named implementation, or for ``auto`` "triton" where it can run; ValueError where a named one cannot."""
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be one of {known}, not {implementation!r}")
+    if implementation == "reference":
+        return implementation
+    reason = why_not_triton()
+    if implementation == "auto":  # the interpreter is for tests that ask for it
+        return "reference" if reason or os.environ.get("TRITON_INTERPRET") == "1" else "triton"
+    if reason:
+        raise ValueError(f"implementation={implementation!r} cannot run: {reason}; use 'auto' or 'reference'")
+    return implementation
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _no_triton(q: Tensor) -> str:
+    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU"
+    if not _has_triton():
+        return "triton is not installed"
+    if q.dtype == torch.float64:
+        return "it takes float16, bfloat16 and float32, not float64"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"it takes head sizes up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
+    return ""
+
+
+def _has_large_shared(q: Tensor) -> bool:
+    return q.device.type == "cpu" or _shared_memory(q.device.index) >= LARGE_SHARED
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that one program may have on a GPU."""
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
+    reason = _no_triton(q)
+    if not reason and pool == "query_head":
+        most = MAX_ROW_BOXES if _has_large_shared(q) else MAX_ROW_BOXES // 2
+        if geometry.num_boxes > most:
+            return f"pool 'query_head' takes up to {most} boxes, not {geometry.num_boxes} (larger blocks have fewer)"
+    return reason
+
+
+def _no_attention(q: Tensor, geometry: Geometry) -> str:
+    reason = _no_triton(q)
+    if reason:
+        return reason
+    from . import attend_lists
+
+    if geometry.num_tokens >= attend_lists.MAX_TOKENS or geometry.num_boxes >= attend_lists.MAX_BOXES:
+        return (
+            f"it takes fewer than {attend_lists.MAX_TOKENS} tokens and {attend_lists.MAX_BOXES} boxes, not "
+            f"{geometry.num_tokens} and {geometry.num_boxes} (larger blocks have fewer)"
+        )
+    if q.dtype == torch.float32 and q.shape[-1] > 128 and not _has_large_shared(q):
+        return f"on this GPU it takes float32 head sizes up to 128, not {q.shape[-1]}: its shared memory is small"
+    return ""
