@@ -2,15 +2,24 @@
 PYTHON ?= python3
 SETUP := PYTHON=$(PYTHON) sh scripts/setup.sh
 
-.PHONY: demo test lint wheel-test clean
+.PHONY: demo test test-gpu bench lint wheel-test clean
 
 demo:            ## rewrite, run and check a real video transformer
 	$(SETUP) demo
 	.venv/bin/python examples/demo.py
 
-test:            ## the whole test suite
+test:            ## the whole test suite, on two cores
 	$(SETUP) dev
-	.venv/bin/python -P -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -P -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-gpu:        ## what needs an NVIDIA GPU: its own tests, and the kernels' tests on it instead of in the interpreter
+	$(SETUP) dev
+	.venv/bin/python -P -m pytest -m gpu $(PYTEST_ARGS)
+	.venv/bin/python -P -m pytest tests/kernels/test_select_triton.py tests/kernels/test_attend_triton.py $(PYTEST_ARGS)
+
+bench:           ## one attention against cuDNN's, at production sizes
+	$(SETUP) dev
+	.venv/bin/python -P benchmarks/attention.py --scaling
 
 lint:
 	$(SETUP) dev
