@@ -59,6 +59,7 @@ class Lists:
     done: Tensor
     first_chunk: Tensor
     max_chunks: int
+    chunk_pairs: int
     slots: int
 
 
@@ -207,7 +208,7 @@ def list_tiles(
     TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of one box in one chunk; the program of box 0 also describes the chunk."""
-    c, program = tl.program_id(0), tl.program_id(1)
+    program, c = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(CUT + program * 4), tl.load(CUT + program * 4 + 1)
     own = tl.load(CUT + program * 4 + 2)
     head = (program // per_head).to(tl.int64)
@@ -347,14 +348,14 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
     launch(
-        list_tiles, (boxes, num_heads * per_head), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
+        list_tiles, (num_heads * per_head, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
         TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=2,
     )  # fmt: skip
     entries = new(capacity)
-    slots = chunk_pairs + GROUP * boxes
+    slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
     launch(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, entries,
         *counts, chunk_pairs, ring, slots, capacity, GROUP=GROUP, num_warps=4,
     )  # fmt: skip
-    return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, slots)
+    return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots)

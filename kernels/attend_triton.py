@@ -174,8 +174,8 @@ def attention(
         )  # fmt: skip
         bounds = first * group, (first + count) * group
         in_group = min(count * group * most_pairs, capacity)
-        chunks = min(count * group * triton.cdiv(most_pairs, lists.slots - slack),
-                     count * group + in_group // (lists.slots - slack))  # fmt: skip
+        chunks = min(count * group * triton.cdiv(most_pairs, lists.chunk_pairs),
+                     count * group + in_group // lists.chunk_pairs)  # fmt: skip
         tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
         for turn in range(triton.cdiv(chunks, ring)):
             launch(

@@ -65,7 +65,11 @@ def gather_queries(
 ):
     """Start copying the queries of a half tile and the places of their partials."""
     row = (entries >> _RANK_BITS).to(gl.int64) * (q_token * 8)
-    base = Q + (head // heads).to(gl.int64) * (q_batch * 8) + (head % heads).to(gl.int64) * (q_head * 8)
+    base = (
+        Q
+        + (head // heads).to(gl.int64) * (q_batch.to(gl.int64) * 8)
+        + (head % heads).to(gl.int64) * (q_head.to(gl.int64) * 8)
+    )
     inside = (entries >= 0)[:, None] & (d < head_dim * 8)[None, :]
     async_copy.async_copy_global_to_shared(to, base + row[:, None] + d[None, :], mask=inside)
     place = PLACE + (head.to(gl.int64) * tokens + (flat_entries >> _RANK_BITS)) * 2

@@ -103,8 +103,8 @@ def pack(
     rows = gl.arange(0, _ROWS, gl.SliceLayout(1, COPY))
     d = gl.arange(0, D, gl.SliceLayout(0, COPY))
     sample, of_sample = (kv_head // kv_heads).to(gl.int64), (kv_head % kv_heads).to(gl.int64)
-    k = K + sample * (k_batch * 8) + of_sample * (k_head * 8)
-    v = V + sample * (v_batch * 8) + of_sample * (v_head * 8)
+    k = K + sample * (k_batch.to(gl.int64) * 8) + of_sample * (k_head.to(gl.int64) * 8)
+    v = V + sample * (v_batch.to(gl.int64) * 8) + of_sample * (v_head.to(gl.int64) * 8)
     keys = KEYS + sample * masked * tokens
     to = (kv_head % 2).to(gl.int64) * packed_rows
     for start in range(worker * _ROWS, packed_rows, workers * _ROWS):
@@ -160,7 +160,10 @@ def merge_queries(
         peak = _NONE + slot * 0.0
         total = slot * 0.0
         acc = gl.full([D], 0.0, gl.float32, gl.SliceLayout(0, READ))
-        for at in range(slot // _ROWS, (end + _ROWS - 1) // _ROWS):
+        behind = (end + _ROWS - 1) // _ROWS
+        if size == 0:
+            behind = slot // _ROWS
+        for at in range(slot // _ROWS, behind):
             if at > step:
                 thread_barrier()  # every lane has read the slot that is filled again
                 fetch_partials(WARP, PART, PART_LSE, step + _DEPTH, last_step, rows, lses, D)
@@ -168,15 +171,17 @@ def merge_queries(
                 async_copy.wait_group(_DEPTH - 1)
                 thread_barrier()
             inside = (at * _ROWS + row >= slot) & (at * _ROWS + row < end)
-            all_lse = lses.index(WARP * _DEPTH + at % _DEPTH).load(gl.SliceLayout(1, READ))
-            lse = gl.where(inside, all_lse, _NONE)
+            lse = gl.where(inside, lses.index(WARP * _DEPTH + at % _DEPTH).load(gl.SliceLayout(1, READ)), _NONE)
             new = gl.maximum(peak, gl.reduce(lse, 0, maximum))
             weight = gl.exp2(lse - new)
             decay = gl.exp2(peak - new)
             part = rows.index(WARP * _DEPTH + at % _DEPTH).load(READ).to(gl.float32)  # [8, D]
-            if gl.reduce((all_lse != all_lse).to(gl.int32), 0, add) > 0:  # a NaN stays with its query
-                part = gl.where(inside[:, None], part, 0.0)
-            acc = acc * decay + gl.reduce(part * weight[:, None], 0, add)
+            more = gl.reduce(part * weight[:, None], 0, add)
+            # Rows of other queries, and rows that nothing was written to, have weight 0: it takes an infinity or a NaN
+            # for them to matter.
+            if gl.reduce((more != more).to(gl.int32), 0, add) > 0:
+                more = gl.reduce(gl.where(inside[:, None], part, 0.0) * weight[:, None], 0, add)
+            acc = acc * decay + more
             total = total * decay + gl.reduce(weight, 0, add)
             peak = new
         if size == 0:

@@ -49,23 +49,25 @@ def attention(
     scale: float, threshold: float, topk: int, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
-    name = _resolve(implementation, lambda: _no_attention(q, geometry))
-    if name == "reference":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
-    from . import attend
-
     # What the selection kept bounds its pairs, and with them the kernels' buffers.
     share = min(1.0, threshold)
     if topk:
         share = (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
     elif share > 0.99:
         share = 1.0
+    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+    if name == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
+    from . import attend
+
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if implementation == "auto":
         name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return attend.attention(q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share)
+        return attend.attention(
+            q, k, v, selected.contiguous(), key_mask.contiguous(), geometry, scale, implementation=name, share=share
+        )
 
 
 def _resolve(implementation: str, why_not_triton: Callable[[], str]) -> str:
@@ -121,16 +123,25 @@ def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
     return reason
 
 
-def _no_attention(q: Tensor, geometry: Geometry) -> str:
+def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float) -> str:
     reason = _no_triton(q)
     if reason:
         return reason
-    from . import attend_lists
+    from . import attend, attend_lists
 
+    if q.numel() == 0:
+        return "there is nothing to attend"
+    if not scale > 0:
+        return f"it takes a scale greater than 0, not {scale}"
     if geometry.num_tokens >= attend_lists.MAX_TOKENS or geometry.num_boxes >= attend_lists.MAX_BOXES:
         return (
             f"it takes fewer than {attend_lists.MAX_TOKENS} tokens and {attend_lists.MAX_BOXES} boxes, not "
             f"{geometry.num_tokens} and {geometry.num_boxes} (larger blocks have fewer)"
+        )
+    pairs = attend.pair_capacity(geometry, q.shape[1], share)
+    if pairs >= 2**31:
+        return (
+            f"it takes fewer than 2**31 pairs of a query and a box in a sample, not {pairs} (larger blocks have fewer)"
         )
     if q.dtype == torch.float32 and q.shape[-1] > 128 and not _has_large_shared(q):
         return f"on this GPU it takes float32 head sizes up to 128, not {q.shape[-1]}: its shared memory is small"

@@ -140,6 +140,7 @@ def find_bracket(
     tl.store(ints + OTHERS, num_other)
     tl.store(numbers + LOW, lowest)
     tl.store(numbers + HIGH, highest)
+    target = tl.where((target == target) & (target < float("inf")), target, 0.0)  # a NaN among the gates: one entry
     tl.store(numbers + TARGET, target)
     tl.store(numbers + REST, 0.0)
     tl.store(numbers + START, 0.0)

@@ -178,6 +178,42 @@ def test_a_query_without_any_key_gets_zero(implementation):
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("masked", MASKS)
+@every_implementation
+def test_queries_without_keys_beside_others(masked, implementation):
+    """No condition tokens, so that a query of a masked box may see nothing at all; several heads, so several chunks."""
+    case = CASE.but(prefix=0, suffix=0, heads=4, kv_heads=4, batch=2, head_dim=64, masked=masked, threshold=1e-9)
+    assert_equals_oracle(case, torch.bfloat16, implementation)
+
+
+@every_implementation
+def test_a_key_mask_of_any_strides(implementation):
+    case = CASE.but(batch=2, masked="tokens", head_dim=64)
+    q, k, v, mask = case.tensors(torch.bfloat16)
+    shared = Tensors(q, k, v, mask[:1].expand(2, -1))
+    padded = torch.cat([mask, ~mask], dim=1)[:, : mask.shape[1]]
+    assert_close(run(case, shared, implementation), case.truth(shared), torch.bfloat16)
+    assert_close(
+        run(case, Tensors(q, k, v, padded), implementation), case.truth(case.tensors(torch.bfloat16)), torch.bfloat16
+    )
+
+
+@every_implementation
+def test_unwritten_rows_do_not_matter(implementation, monkeypatch):
+    """Partial results that nothing wrote are NaN, their log-sum-exps are finite."""
+    case = CASE.but(heads=4, kv_heads=4, prefix=0, suffix=0, head_dim=64)
+    tensors = case.tensors(torch.bfloat16)
+    words, truth = choose(case, tensors).words, case.truth(tensors)
+    empty = torch.empty
+
+    def fill(*shape, dtype=torch.float32, device=None, **rest):
+        made = empty(*shape, dtype=dtype, device=device, **rest)
+        return made.fill_(torch.nan if dtype == torch.bfloat16 else 0)
+
+    monkeypatch.setattr(torch, "empty", fill)
+    assert_close(run(case, tensors, implementation, words), truth, torch.bfloat16)
+
+
 @every_implementation
 def test_same_bits_every_time(implementation, tight):
     tensors = CASE.but(head_dim=64).tensors(torch.bfloat16)

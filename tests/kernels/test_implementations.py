@@ -61,6 +61,26 @@ def test_hopper_by_name_without_a_gpu():
         call(attention, implementation="hopper")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_turn_the_order(scale):
+    with pytest.raises(ValueError, match="it takes a scale greater than 0"):
+        call(attention, implementation="triton", scale=scale)
+    assert call(attention, scale=scale).isfinite().all()
+
+
+def test_pairs_beyond_32_bits():
+    from vmoba_compile.kernels.partition import Geometry
+
+    q = torch.empty(1, 48, 131072, 8, device="meta", dtype=torch.bfloat16)
+    geometry = Geometry((32, 64, 64), (1, 8, 16))
+    why = implementations._no_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementations, "_no_triton", lambda q: "")
+        assert "fewer than 2**31 pairs" in why(q, geometry, 1.0, 1.0)
+        assert not why(q, geometry, 1.0, 0.25)
+
+
 def test_long_rows_of_the_gate():
     with pytest.raises(ValueError, match="pool 'query_head' takes up to 2048 boxes, not 4096"):
         q = torch.zeros(1, 1, 4096, 8)
