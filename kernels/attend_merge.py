@@ -41,6 +41,21 @@ def merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERI
     tl.store(LSE + to, lse, mask=inside)
 
 
+@triton.jit
+def merge_chunk(
+    chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES: tl.constexpr, D: tl.constexpr
+):
+    """This program's queries of one chunk."""
+    info = CHUNKS + chunk * _CHUNK_FIELDS
+    head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
+    s = first + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    inside = s < last
+    to = head * tokens + s
+    slot = tl.load(PLACE + to * 2, mask=inside, other=0)
+    size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
+    merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+
+
 @triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "tokens", "head_dim"])
 def merge_chunks(
     PART, PART_LSE, PLACE, CHUNKS, FIRST_CHUNK, OUT, LSE, first_head, last_head, turn, ring, tokens, head_dim,
@@ -49,14 +64,7 @@ def merge_chunks(
     """Merge chunk ``turn * ring + program_id(1)`` of a group of heads, if it exists."""
     chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring + tl.program_id(1)
     if chunk < tl.load(FIRST_CHUNK + last_head):
-        info = CHUNKS + chunk * _CHUNK_FIELDS
-        head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
-        s = first + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-        inside = s < last
-        to = head * tokens + s
-        slot = tl.load(PLACE + to * 2, mask=inside, other=0)
-        size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
-        merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "head_dim"])
@@ -66,14 +74,7 @@ def merge_last(
     """Merge the last chunk, which a kernel that merges while it attends leaves over."""
     chunk = tl.load(TOTALS + 1) - 1
     if chunk >= 0:
-        info = CHUNKS + chunk * _CHUNK_FIELDS
-        head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
-        s = first + tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-        inside = s < last
-        to = head * tokens + s
-        slot = tl.load(PLACE + to * 2, mask=inside, other=0)
-        size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
-        merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES, D)
 
 
 @triton.jit(do_not_specialize=["rows", "head_dim"])

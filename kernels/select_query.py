@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .implementations import MAX_ROW_BOXES as MAX_BOXES
 from .partition import WORD_BITS, Geometry
 from .select_cut import RANGE_FLOOR, SUM_FLOOR
 from .select_gate import SIZES, order_key
 from .select_means import Means
 from .triton_tools import box_of_token, launch, power_of_two
 
-MAX_BOXES = 2048
 TILE = 4096  # gates in registers
 MEANS = 65536  # bytes of the means in shared memory, where 16 components do not need more
 
