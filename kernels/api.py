@@ -171,12 +171,7 @@ def select(
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, None, key_mask, geometry)
     mask = _mask_or_empty(q, key_mask)
-    # Detached rather than under no_grad, which an exported program shows as a nested graph.
-    words = torch.ops.vmoba.select(
-        q.detach(), k.detach(), mask, *geometry.grid, *geometry.block, prefix, suffix,
-        pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0, implementation=implementation,
-    )  # fmt: skip
-    return Selection(words, geometry)
+    return Selection(_select(q, k, mask, geometry, pool, mode, threshold, topk, implementation), geometry)
 
 
 def attention(
@@ -219,15 +214,27 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     geometry = Geometry(triple("grid", grid), triple("block", block), prefix, suffix)
     _check_tensors(q, k, v, key_mask, geometry)
-    selection = select(
-        q, k, grid, block=block, prefix=prefix, suffix=suffix, key_mask=key_mask,
-        pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity, implementation=implementation,
-    )  # fmt: skip
+    check_selection(
+        pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity, implementation=implementation
+    )
+    mask = _mask_or_empty(q, key_mask)
+    words = _select(q, k, mask, geometry, pool, mode, threshold, topk, implementation)
     return torch.ops.vmoba.attention(
-        q, k, v, selection.words, _mask_or_empty(q, key_mask), *geometry.grid, *geometry.block, prefix, suffix,
+        q, k, v, words, mask, *geometry.grid, *geometry.block, prefix, suffix,
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), implementation=implementation,
         threshold=float(threshold) if mode == "threshold" else 1.0, topk=(topk or 0) if mode == "topk" else 0,
     )[0]  # fmt: skip
+
+
+def _select(
+    q: Tensor, k: Tensor, mask: Tensor, geometry: Geometry, pool: str, mode: str, threshold: float, topk: int | None,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    # Detached rather than under no_grad, which an exported program shows as a nested graph.
+    return torch.ops.vmoba.select(
+        q.detach(), k.detach(), mask, *geometry.grid, *geometry.block, geometry.prefix, geometry.suffix,
+        pool=pool, mode=mode, threshold=float(threshold), topk=topk or 0, implementation=implementation,
+    )  # fmt: skip
 
 
 def _mask_or_empty(q: Tensor, key_mask: Tensor | None) -> Tensor:

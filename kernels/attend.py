@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import attend_hopper, attend_triton
+from .launches import Work
 from .partition import Geometry
 
 SCRATCH_SHARE = 0.2  # of the bytes of q, k, v and out: buffers and tables together stay within a quarter
@@ -35,14 +37,14 @@ def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
+    work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
     *, implementation: str, share: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton".
 
     At most ``share`` of the other boxes' entries of a sample are selected; where a selection has more, all is NaN.
     """
-    run = attend_triton.attention
+    run: Callable[..., None] = attend_triton.attention
     if implementation == "hopper":
         reason = why_not_hopper(q, k, v)
         if reason:
@@ -53,12 +55,11 @@ def attention(
     tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
     scratch = max(SCRATCH_FLOOR, int(SCRATCH_SHARE * tensor_bytes))
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
-    if together >= batch:
-        return run(q, k, v, words, key_mask, geometry, scale, batch * capacity, scratch)
-    parts = []
+    out, lse = work.output(*q.shape, dtype=q.dtype), work.output(*q.shape[:3], dtype=torch.float32)
     for i in range(0, batch, together):
         some = slice(i, i + together)
-        mask = key_mask[some] if key_mask.numel() else key_mask
+        inputs = [work.samples(x, some) for x in (q, k, v, words, key_mask)]
         pairs = min(together, batch - i) * capacity
-        parts.append(run(q[some], k[some], v[some], words[some], mask, geometry, scale, pairs, scratch))
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        with work.section():
+            run(work, *inputs, out[some], lse[some], geometry, scale, pairs, scratch)
+    return out, lse

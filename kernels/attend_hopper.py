@@ -12,6 +12,8 @@ and the merging warps' rows fill shared memory (226 of 227 KiB). arXiv 2506.2385
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -24,8 +26,9 @@ from . import attend_lists
 from .attend_merge import QUERIES, merge_last, refuse
 from .hopper_attend import RING, attend
 from .hopper_serve import DEPTH, ROWS, WARPS, feed, serve, tell
+from .launches import Work
 from .partition import Geometry
-from .triton_tools import launch, power_of_two
+from .triton_tools import power_of_two
 
 BLOCK = 128  # keys
 SLOTS = {64: 8, 128: 4}  # padded head size: blocks of keys or values in shared memory
@@ -127,27 +130,26 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
-    capacity: int, scratch: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
+    work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
+    geometry: Geometry, scale: float, capacity: int, scratch: int,
+) -> None:  # fmt: skip
+    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
     batch, heads, tokens, head_dim = q.shape
     dim = max(64, power_of_two(head_dim))
     boxes = geometry.num_boxes + (geometry.num_condition > 0)
     slack = attend_lists.GROUP * boxes
     slots = (scratch - 4 * capacity) // (RING * (dim * 2 + 4))
     chunk_pairs = min(max(slots - slack, slack), tokens * boxes)
-    lists = attend_lists.build(words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=RING)
-    new = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    lists = attend_lists.build(work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=RING)
+    new = partial(work.empty, dtype=q.dtype)
     part, part_lse = new(RING * lists.slots, dim), new(RING * lists.slots, dtype=torch.float32)
-    out, lse = new(*q.shape), new(batch, heads, tokens, dtype=torch.float32)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:3]]
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     packed_rows, kv_heads = tokens + BLOCK, k.shape[1]
     packed = [new(min(2, batch * kv_heads) * packed_rows, dim) for _ in range(2)]
     layout = gl.NVMMASharedLayout(128, 16, 2)
     descriptors = [TensorDescriptor.from_tensor(x, [BLOCK, dim], layout) for x in packed]
-    launch(
+    work.launch(
         attend_everything, (programs,), q, k, v, *descriptors, *packed, lists.keys, lists.entries, lists.place,
         lists.tiles, lists.chunks, lists.totals, lists.done, part, part_lse, out, lse, *strides, head_dim // 8, heads,
         heads // kv_heads, tokens, int(key_mask.numel() > 0), batch * kv_heads, packed_rows, lists.max_chunks,
@@ -155,10 +157,9 @@ def attention(
         OTHER_REGISTERS=OTHER_REGISTERS, num_warps=4,
         launch_cooperative_grid=True,
     )  # fmt: skip
-    launch(
+    work.launch(
         merge_last, (triton.cdiv(tokens, QUERIES),), part, part_lse, lists.place, lists.chunks, lists.totals, out, lse,
         tokens, head_dim, QUERIES=QUERIES, D=dim, num_warps=1,
     )  # fmt: skip
     rows = batch * heads * tokens
-    launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)
-    return out, lse
+    work.launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)

@@ -16,14 +16,16 @@ out of the boxes' key lists, and boxes without keys have no tiles. arXiv 2506.23
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import Work
 from .partition import Geometry
-from .triton_tools import box_shape, box_start, launch, token_in_box
+from .triton_tools import box_shape, box_start, token_in_box
 
 TILE = 128  # queries per tile
 GROUP = 256  # queries that always share a chunk
@@ -310,7 +312,9 @@ def scatter_entries(
     tl.store(place, base + tl.load(place, mask=inside, other=0), mask=inside)
 
 
-def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int, chunk_pairs: int, ring: int) -> Lists:
+def build(
+    work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int, chunk_pairs: int, ring: int
+) -> Lists:
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
     ``capacity`` bounds the pairs of all heads, ``chunk_pairs`` the pairs of a chunk (but for one group of queries);
@@ -325,10 +329,10 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
     max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes
     masked = key_mask.numel() > 0
-    new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=words.device)  # noqa: E731
+    new = partial(work.empty, dtype=torch.int32)
     keys, span = new(batch if masked else 1, tokens), new(batch if masked else 1, boxes, 2)
     sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
-    launch(
+    work.launch(
         list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
         HAS_MASK=masked, BLOCK=1024, num_warps=4,
     )  # fmt: skip
@@ -337,24 +341,24 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     counts = (
         geometry.num_video, geometry.prefix, tokens, num_boxes, boxes, heads, groups, boxes * 2 if masked else 0
     )  # fmt: skip
-    launch(count_pairs, (groups, num_heads), words, span, count, place, *counts, GROUP=GROUP, num_warps=4)
-    launch(scan_groups, (num_heads * (boxes + 1),), count, total, groups, BLOCK=512, num_warps=4)
+    work.launch(count_pairs, (groups, num_heads), words, span, count, place, *counts, GROUP=GROUP, num_warps=4)
+    work.launch(scan_groups, (num_heads * (boxes + 1),), count, total, groups, BLOCK=512, num_warps=4)
     start, cut = new(num_heads * boxes, dtype=torch.int64), new(num_heads * per_head, 4)
     totals = new(4)
-    launch(
+    work.launch(
         cut_chunks, (num_heads * per_head + 1,), count, total, start, cut, totals,
         num_heads, boxes, groups, chunk_pairs, per_head, capacity, TILE=TILE, BLOCK=256, num_warps=2,
     )  # fmt: skip
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
-    launch(
+    work.launch(
         list_tiles, (num_heads * per_head, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
         TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=2,
     )  # fmt: skip
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
-    launch(
+    work.launch(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, entries,
         *counts, chunk_pairs, ring, slots, capacity, GROUP=GROUP, num_warps=4,
     )  # fmt: skip

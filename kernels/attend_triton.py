@@ -11,6 +11,8 @@ lie in registers. arXiv 2506.23858, section 3.1.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import attend_lists
 from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
 from .attend_merge import QUERIES, merge_chunks, refuse
+from .launches import Work
 from .partition import Geometry
-from .triton_tools import launch, power_of_two
+from .triton_tools import power_of_two
 
 _RANK_BITS = tl.constexpr(RANK_BITS)
 _RANK_MASK = tl.constexpr(2**RANK_BITS - 1)
@@ -135,10 +138,10 @@ def attend_tiles(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
-    capacity: int, scratch: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
+    work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
+    geometry: Geometry, scale: float, capacity: int, scratch: int,
+) -> None:  # fmt: skip
+    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group, num_heads = heads // kv_heads, batch * heads
@@ -156,18 +159,17 @@ def attention(
     left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
     chunk_pairs = max(min(per_head, left - slack), slack)
     ring = max(1, min(together * group, left // (chunk_pairs + slack)))
-    lists = attend_lists.build(words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring)
+    lists = attend_lists.build(work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring)
     masked = int(key_mask.numel() > 0)
 
-    new = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    new = partial(work.empty, dtype=q.dtype)
     packed_k, packed_v = new(together * boxes * stride, dim), new(together * boxes * stride, dim)
     keys, values = (TensorDescriptor.from_tensor(x, [block, dim]) for x in (packed_k, packed_v))
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
-    out, lse = new(*q.shape), new(batch, heads, tokens, dtype=torch.float32)
     most_pairs = tokens * boxes  # of one head
     for first in range(0, batch * kv_heads, together):
         count = min(together, batch * kv_heads - first)
-        launch(
+        work.launch(
             pack_keys, (triton.cdiv(boxes * stride, 64), count), k, v, lists.keys, lists.span, packed_k, packed_v,
             *k.stride()[:3], *v.stride()[:3], first, kv_heads, tokens, boxes, stride, masked, head_dim,
             BLOCK=64, D=dim, num_warps=4,
@@ -178,16 +180,15 @@ def attention(
                      count * group + in_group // lists.chunk_pairs)  # fmt: skip
         tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
         for turn in range(triton.cdiv(chunks, ring)):
-            launch(
+            work.launch(
                 attend_tiles, (tiles,), q, keys, values, lists.entries, lists.place, lists.tiles, lists.chunks,
                 lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring, heads, group,
                 tokens, boxes, stride, head_dim, TILE=TILE, BLOCK=block, D=dim, STAGES=stages, num_warps=warps,
             )  # fmt: skip
-            launch(
+            work.launch(
                 merge_chunks, (triton.cdiv(tokens, QUERIES), ring), part, part_lse, lists.place, lists.chunks,
                 lists.first_chunk, out, lse, *bounds, turn, ring, tokens, head_dim,
                 QUERIES=QUERIES, D=dim, num_warps=1,
             )  # fmt: skip
     rows = num_heads * tokens
-    launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)
-    return out, lse
+    work.launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)

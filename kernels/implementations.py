@@ -4,20 +4,25 @@
 ``hopper`` attends with a kernel for compute capability 9.0; its selection is the same as ``triton``'s. A name never
 gives another implementation than it says; ``auto`` takes ``hopper``, else ``triton``, else ``reference``.
 
+On a GPU the launches of a call are recorded and replayed, see ``launches``: everything here is decided on the first call
+with the same shapes, strides and options, and the later ones reach their launches by one look-up.
+
 Triton is imported where it is first needed: machines without it have the reference.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference_attention, reference_select
+from .launches import Plans, Result, Work
 from .partition import Geometry
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
@@ -27,21 +32,26 @@ MAX_HEAD_DIM = 256
 MAX_ROW_BOXES = 2048  # pool "query_head" keeps a row of the gate in registers, and its means in shared memory
 LARGE_SHARED = 160 * 1024  # bytes; with less, rows are half as long and float32 heads at most 128
 
+PLANS = Plans()  # of both operators on all GPUs
+
 
 def select(
     q: Tensor, k: Tensor, key_mask: Tensor, geometry: Geometry, *,
     pool: str, mode: str, threshold: float, topk: int, implementation: str,
 ) -> Tensor:  # fmt: skip
     """Bit sets int32 [B, H, N, ceil(C / 32)]; see the operator ``vmoba::select``."""
-    if _resolve(implementation, lambda: _no_selection(q, geometry, pool)) == "reference":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference_select.select(
-                q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk
-            )
-    from . import select_triton
+    rule: dict[str, Any] = {"pool": pool, "mode": mode, "threshold": threshold, "topk": topk}
+    q, k = _with_rows(q), _with_rows(k)
 
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return select_triton.select(q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk)
+    def compute(work: Work) -> Tensor:
+        if _resolve(implementation, lambda: _no_selection(q, geometry, pool)) == "reference":
+            with torch.autocast(q.device.type, enabled=False):
+                return reference_select.select(q, k, key_mask, geometry, **rule)
+        from . import select_triton
+
+        return select_triton.select(work, q, k, key_mask, geometry, **rule)
+
+    return _run(compute, ("select", implementation, geometry, *rule.values()), q, k, key_mask)
 
 
 def attention(
@@ -49,25 +59,42 @@ def attention(
     scale: float, threshold: float, topk: int, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
-    # What the selection kept bounds its pairs, and with them the kernels' buffers.
-    share = min(1.0, threshold)
-    if topk:
-        share = (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
-    elif share > 0.99:
-        share = 1.0
-    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
-    if name == "reference":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
-    from . import attend
+    q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+    selected, key_mask = selected.contiguous(), key_mask.contiguous()
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if implementation == "auto":
-        name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return attend.attention(
-            q, k, v, selected.contiguous(), key_mask.contiguous(), geometry, scale, implementation=name, share=share
-        )
+    def compute(work: Work) -> tuple[Tensor, Tensor]:
+        share = _share(geometry, threshold, topk)
+        name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+        if name == "reference":
+            with torch.autocast(q.device.type, enabled=False):
+                return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
+        from . import attend
+
+        if implementation == "auto":
+            name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
+        return attend.attention(work, q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share)
+
+    options = ("attention", implementation, geometry, scale, threshold, topk)
+    return _run(compute, options, q, k, v, selected, key_mask)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """The kernels read whole rows: their last stride is 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _run(compute: Callable[[Work], Result], options: Hashable, *inputs: Tensor) -> Any:
+    if not inputs[0].is_cuda:
+        return compute(Work(inputs[0].device))
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+        return PLANS.run(options, inputs, compute)
+
+
+def _share(geometry: Geometry, threshold: float, topk: int) -> float:
+    """What the selection kept at most of the other boxes' entries: it bounds its pairs, and with them the buffers."""
+    if topk:
+        return (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
+    return 1.0 if threshold > 0.99 else threshold
 
 
 def _resolve(implementation: str, why_not_triton: Callable[[], str]) -> str:

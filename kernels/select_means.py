@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import Work
 from .partition import WORD_BITS, Geometry
-from .triton_tools import box_shape, launch, power_of_two, token_in_box
+from .triton_tools import box_shape, power_of_two, token_in_box
 
 PIECE = 256  # tokens of a box that one program adds
 ROWS = 64  # tokens that it loads at a time
@@ -118,7 +119,7 @@ def _join_pieces(
         tl.store(sizes + sample * padded + box, tl.where(count > 0, et * eh * ew, 0))
 
 
-def box_means(k: torch.Tensor, key_mask: torch.Tensor, geometry: Geometry) -> Means:
+def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geometry) -> Means:
     """Means of the keys ``k`` [B, Hkv, S, D] (last stride 1) over the boxes of the video tokens."""
     batch, kv_heads, _, head_dim = k.shape
     dim = max(16, power_of_two(head_dim))
@@ -131,18 +132,18 @@ def box_means(k: torch.Tensor, key_mask: torch.Tensor, geometry: Geometry) -> Me
     mask = key_mask.view(torch.uint8) if masked else k
 
     pieces = batch * kv_heads * boxes * splits
-    sums = torch.empty(pieces * dim, dtype=torch.float64, device=k.device)
-    counts = torch.empty(pieces, dtype=torch.int32, device=k.device)
-    terms = torch.empty(batch, kv_heads, num_terms, padded, dim, dtype=k.dtype, device=k.device)
-    sizes = torch.empty(batch, padded, dtype=torch.int32, device=k.device)
+    sums = work.empty(pieces * dim, dtype=torch.float64)
+    counts = work.empty(pieces, dtype=torch.int32)
+    terms = work.empty(batch, kv_heads, num_terms, padded, dim, dtype=k.dtype)
+    sizes = work.empty(batch, padded, dtype=torch.int32)
     shape = (*geometry.grid, *geometry.block, *geometry.counts[1:])
-    launch(
+    work.launch(
         _add_pieces, (boxes * splits, kv_heads, batch),
         k, mask, sums, counts, *k.stride()[:3], *(mask.stride() if masked else (0, 0)),
         kv_heads, geometry.prefix, *shape, splits,
         HEAD_DIM=head_dim, DIM=dim, PIECE=PIECE, ROWS=ROWS, MASKED=masked, WIDE=num_terms == 1, num_warps=4,
     )  # fmt: skip
-    launch(
+    work.launch(
         _join_pieces, (padded, kv_heads, batch),
         sums, counts, terms, sizes, kv_heads, *shape, splits, boxes,
         DIM=dim, TERMS=num_terms, RESCALE=rescale, num_warps=1,

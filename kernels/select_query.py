@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from .implementations import MAX_ROW_BOXES as MAX_BOXES
+from .launches import Work
 from .partition import WORD_BITS, Geometry
 from .select_cut import RANGE_FLOOR, SUM_FLOOR
 from .select_gate import SIZES, order_key
 from .select_means import Means
-from .triton_tools import box_of_token, launch, power_of_two
+from .triton_tools import box_of_token, power_of_two
 
 TILE = 4096  # gates in registers
 MEANS = 65536  # bytes of the means in shared memory, where 16 components do not need more
@@ -99,8 +100,9 @@ def _select_rows(
 
 
 def select_rows(
-    q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *, topk: bool
-) -> None:
+    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *,
+    topk: bool,
+) -> None:  # fmt: skip
     """Fill ``words`` [B, H, N, W]; ``amount`` holds the bits of the float64 threshold or of the number of others."""
     if geometry.num_boxes > MAX_BOXES:
         raise NotImplementedError(
@@ -110,7 +112,7 @@ def select_rows(
     boxes = max(WORD_BITS, power_of_two(geometry.num_boxes))
     block_q = max(16, TILE // boxes)
     chunk = min(means.dim, max(16, MEANS // (boxes * q.element_size())), 16 if means.num_terms == 1 else means.dim)
-    launch(
+    work.launch(
         _select_rows, (triton.cdiv(geometry.num_video, block_q), batch * heads),
         q, means.terms, means.sizes, words, *q.stride()[:3],
         amount, geometry.prefix, geometry.num_video, heads, group, geometry.num_words,

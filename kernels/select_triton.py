@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 
+from .launches import Work
 from .partition import WORD_BITS, Geometry
 from .select_cut import find_bracket, find_cut, take_last
 from .select_gate import (
@@ -35,7 +36,6 @@ from .select_gate import (
 )
 from .select_means import Means, box_means
 from .select_query import select_rows
-from .triton_tools import launch
 
 BLOCK_Q = 128  # queries of one tile; the reasons are in select_gate
 WARPS, STAGES = 8, 2
@@ -51,11 +51,13 @@ REPLICAS = {"head_global": 4, "overall": 32, "block": 1}  # copies of the sample
 _POOLS = {"head_global": HEAD_GLOBAL.value, "overall": OVERALL.value, "block": BLOCK.value}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# A debugging aid: called with the name of a stage and the state of every pool (int64 [P, 8]) after it.
+# A debugging aid: called with the name of a stage and the state of every pool (int64 [P, 8]) after it. Calls that are
+# replayed, see launches, do not come through here.
 observer: Callable[[str, torch.Tensor], None] | None = None
 
 
 def select(
+    work: Work,
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor,
@@ -68,24 +70,23 @@ def select(
 ) -> torch.Tensor:
     """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)].
 
-    As ``reference_select.select``, in float32 accuracy: entries whose weights are closer to the cut-off than that may
-    be chosen differently.
+    ``q`` and ``k`` have a last stride of 1. As ``reference_select.select``, in float32 accuracy: entries whose weights
+    are closer to the cut-off than that may be chosen differently.
     """
     if q.dtype not in _DTYPES or k.dtype != q.dtype:
         raise TypeError(
             f"the Triton selection takes float16, bfloat16 or float32 q and k of one dtype, not {q.dtype} and {k.dtype};"
             " vmoba_compile.kernels.reference_select.select takes any"
         )
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads = q.shape[:2]
     boxes = geometry.num_boxes
-    words = torch.empty(batch, heads, geometry.num_video, geometry.num_words, dtype=torch.int32, device=q.device)
-    means = box_means(k, key_mask, geometry)
+    words = work.output(batch, heads, geometry.num_video, geometry.num_words, dtype=torch.int32)
+    means = box_means(work, k, key_mask, geometry)
     group = heads // k.shape[1]
     kept = min(topk, boxes) if mode == "topk" else boxes
     everything = threshold >= 1 if mode == "threshold" else kept == boxes
     if everything or kept == 1:
-        launch(
+        work.launch(
             plain_bits, (triton.cdiv(geometry.num_video, BLOCK_Q), batch * heads),
             means.sizes, words, geometry.num_video, heads, *_shape(geometry),
             BLOCK_Q=BLOCK_Q, EVERYTHING=everything, num_warps=4,
@@ -97,9 +98,9 @@ def select(
     # Triton passes floats as float32: hand over the bits of the float64.
     bits = struct.unpack("<q", struct.pack("<d", amount))[0]
     if pool == "query_head":
-        select_rows(q, means, words, geometry, group, bits, topk=mode == "topk")
+        select_rows(work, q, means, words, geometry, group, bits, topk=mode == "topk")
     else:
-        _select_pools(q, means, words, geometry, group, bits, pool=pool, topk=mode == "topk")
+        _select_pools(work, q, means, words, geometry, group, bits, pool=pool, topk=mode == "topk")
     return words
 
 
@@ -109,7 +110,7 @@ def _shape(geometry: Geometry) -> tuple[int, ...]:
 
 
 def _select_pools(
-    q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *,
+    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *,
     pool: str, topk: bool,
 ) -> None:  # fmt: skip
     """Fill ``words`` for pools that join queries."""
@@ -127,17 +128,14 @@ def _select_pools(
     fields = {"sum_bits": sum_bits, "drop_bits": sum_bits - entries.bit_length()}
 
     # Scratch: counters, which start at zero, and what is written before it is read.
-    device = q.device
-    counters = torch.zeros(
-        pools * bins + triton.cdiv(pools * (replicas * COARSE_BINS.value + 1), 2), dtype=torch.int64, device=device
-    )
+    counters = work.zeros(pools * bins + triton.cdiv(pools * (replicas * COARSE_BINS.value + 1), 2), dtype=torch.int64)
     fine, rest = counters[: pools * bins], counters[pools * bins :].view(torch.int32)
     coarse, lengths = rest[: pools * replicas * COARSE_BINS.value], rest[pools * replicas * COARSE_BINS.value :]
-    partials = torch.empty(4, batch * heads * tiles * (padded if per_box else 1), dtype=torch.float64, device=device)
-    ints = torch.empty(pools, STATE.value, dtype=torch.int64, device=device)
-    numbers = torch.empty(pools, STATE.value, dtype=torch.float64, device=device)
-    listed = torch.empty(pools * CAPACITY, dtype=torch.int64, device=device)
-    ties = torch.empty_like(words)
+    partials = work.empty(4, batch * heads * tiles * (padded if per_box else 1), dtype=torch.float64)
+    ints = work.empty(pools, STATE.value, dtype=torch.int64)
+    numbers = work.empty(pools, STATE.value, dtype=torch.float64)
+    listed = work.empty(pools * CAPACITY, dtype=torch.int64)
+    ties = work.empty(*words.shape, dtype=words.dtype)
 
     # Where a pool's numbers per tile lie: first of the sample, first of the pool, stride, how many.
     where = {
@@ -160,8 +158,8 @@ def _select_pools(
     cut = {"BINS": bins, "CHUNK": min(CHUNK, bins), "num_warps": 8}
 
     sample = min(2**31 - 1, int(2**31 * max(SAMPLE_SHARE, SAMPLE_QUERIES / max(1, queries))))
-    launch(gate_range, grid, *inputs, *partials, coarse, *gate, replicas, sample, **flags)
-    launch(
+    work.launch(gate_range, grid, *inputs, *partials, coarse, *gate, replicas, sample, **flags)
+    work.launch(
         find_bracket, (pools,), *partials, coarse, means.sizes, ints, numbers,
         amount=amount, num_video=queries, heads=heads, padded=padded, replicas=replicas, **where,
         POOL=_POOLS[pool], TOPK=topk, BINS=bins, CHUNK=1024, num_warps=8,
@@ -169,14 +167,14 @@ def _select_pools(
     _observe("bracket", ints)
     above = partials[:2]  # the range is known: its place serves again
     for level in range(levels):
-        launch(gate_histogram, grid, *inputs, ints, numbers, *above, fine, *gate, **fields, **flags, BINS=bins)
-        launch(
+        work.launch(gate_histogram, grid, *inputs, ints, numbers, *above, fine, *gate, **fields, **flags, BINS=bins)
+        work.launch(
             find_cut, (pools,), *above, fine, ints, numbers, **where, **fields,
             FIRST=level == 0, TOPK=topk, CAPACITY=CAPACITY, **cut,
         )  # fmt: skip
         _observe(f"level {level}", ints)
-    launch(gate_bits, grid, *inputs, ints, words, ties, listed, lengths, *gate, **flags, CAPACITY=CAPACITY)
-    launch(
+    work.launch(gate_bits, grid, *inputs, ints, words, ties, listed, lengths, *gate, **flags, CAPACITY=CAPACITY)
+    work.launch(
         take_last, (pools,), ints, numbers, words, ties, listed, lengths, queries, heads, geometry.num_words, entries,
         POOL=_POOLS[pool], CAPACITY=CAPACITY, ROWS=32, COLUMNS=128, CHUNK=2048, num_warps=8,
     )  # fmt: skip

@@ -1,11 +1,9 @@
-"""What every Triton kernel here shares: box arithmetic on the device, an order-preserving key, the launch.
+"""What every Triton kernel here shares: box arithmetic on the device.
 
 Sizes are run-time integers that Triton does not specialise on, so one compiled kernel serves every grid.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -44,12 +42,6 @@ def token_in_box(r, t0, h0, w0, eh, ew, rows, columns):
 def box_start(t0, h0, w0, et, eh, rows, columns):
     """Number of video tokens in the boxes before a box, boxes in raster order."""
     return t0 * rows * columns + et * (h0 * columns) + et * eh * w0
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run ``kernel`` over ``grid``; nothing for an empty grid, which CUDA refuses."""
-    if all(grid):
-        kernel[grid](*args, **options)
 
 
 def power_of_two(n: int) -> int:

@@ -33,8 +33,20 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def plans(monkeypatch):
+    """Launches recorded by this test only: others may have changed constants that no key holds."""
+    from vmoba_compile.kernels import implementations, launches
+
+    monkeypatch.setattr(implementations, "PLANS", launches.Plans())
+    return implementations.PLANS
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill uninitialised tensors with NaN (integers: their maximum), so that an element left unwritten is seen."""
+    """Fill uninitialised tensors with NaN (integers: their maximum), so that an element left unwritten is seen.
+
+    The scratch memory of a replayed call is bytes of 255, which are NaN in every floating type.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from kernel_cases import LAYOUTS, MASKS, TOLERANCE, Case, Tensors, Truth, cases, choose, mask_or_empty, relative
 from vmoba_compile.kernels import attend, attend_lists, attend_triton, attention
+from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, unpack_bits
 
 ON_GPU = torch.cuda.is_available()
@@ -286,8 +287,9 @@ def test_lists_hold_every_pair_once(masked):
     words = choose(case, tensors).words
     geometry = Geometry(case.grid, case.block, case.prefix, case.suffix)
     capacity = case.batch * case.heads * case.num_tokens * (geometry.num_boxes + 1)
+    masks = mask_or_empty(tensors).to(DEVICE)
     lists = attend_lists.build(
-        words.to(DEVICE), mask_or_empty(tensors).to(DEVICE), geometry, capacity=capacity, chunk_pairs=1, ring=2
+        Work(torch.device(DEVICE)), words.to(DEVICE), masks, geometry, capacity=capacity, chunk_pairs=1, ring=2
     )
     tiles, _, overflow, _ = lists.totals.tolist()
     assert not overflow

@@ -104,14 +104,16 @@ KNOWN = {
 
 
 def launched() -> dict[str, set[str]]:
-    """Names that each module of the package passes to ``launch``."""
+    """Names that each module of the package passes to ``Work.launch``."""
     names = {}
     for path in sorted(KERNELS.glob("*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        if path.name != "triton_tools.py":
+        if path.name != "launches.py":
             around = [call.lineno for call in calls if isinstance(call.func, ast.Subscript)]
-            assert not around, f"{path}: a kernel launched without launch(), lines {around}"
-        kernels = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch"]
+            assert not around, f"{path}: a kernel launched without Work.launch(), lines {around}"
+        kernels = [
+            call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "launch"
+        ]
         assert all(isinstance(kernel, ast.Name) for kernel in kernels), f"{path}: launch() of something without a name"
         names[path.name] = {kernel.id for kernel in kernels if isinstance(kernel, ast.Name)}
     return names

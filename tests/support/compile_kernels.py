@@ -2,7 +2,7 @@
 
     python -P tests/support/compile_kernels.py sm_90
 
-The host functions run on meta tensors, with a ``launch`` that writes down what it is asked for. Triton's own binder
+The host functions run on meta tensors, with a ``Work.launch`` that writes down what it is asked for. Triton's own binder
 turns those arguments into the signature that a launch would compile. One JSON line per compiled kernel: its name, types,
 constexprs and options, and what ptxas says of it; ``error`` where it does not compile.
 """
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pkgutil
 import re
 import tempfile
 import traceback
@@ -34,14 +32,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import create_function_from_signature
-from vmoba_compile.kernels import attend, select_triton, triton_tools
+from vmoba_compile.kernels import attend, select_triton
+from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry
 
-from vmoba_compile import kernels
-
-MODULES = [
-    importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-]
+WORK = Work(torch.device("meta"))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKERS = 2
 
@@ -78,13 +73,14 @@ def tensors(geometry: Geometry, dtype: torch.dtype, head_dim: int, *, batch=1, h
 def select(geometry: Geometry, dtype: torch.dtype, head_dim: int, pool: str, mode: str, **rest: Any) -> None:
     rule = {"threshold": rest.pop("threshold", 0.25), "topk": rest.pop("topk", 3)}
     q, k, _, mask = tensors(geometry, dtype, head_dim, **rest)
-    select_triton.select(q, k, mask, geometry, pool=pool, mode=mode, **rule)
+    select_triton.select(WORK, q, k, mask, geometry, pool=pool, mode=mode, **rule)
 
 
 def attention(implementation: str, geometry: Geometry, dtype: torch.dtype, head_dim: int, **rest: Any) -> None:
     q, k, v, mask = tensors(geometry, dtype, head_dim, **rest)
     words = meta((*q.shape[:2], geometry.num_video, geometry.num_words), torch.int32)
-    attend.attention(q, k, v, words, mask, geometry, head_dim**-0.5, implementation=implementation, share=0.25)
+    scale = head_dim**-0.5
+    attend.attention(WORK, q, k, v, words, mask, geometry, scale, implementation=implementation, share=0.25)
 
 
 def run_everything(capability: tuple[int, int]) -> None:
@@ -121,7 +117,7 @@ def record(capability: tuple[int, int]) -> list[Launch]:
     found: dict[str, Launch] = {}
     binders: dict[Any, Any] = {}
 
-    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def launch(work: Work, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if kernel not in binders:
             binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
         options |= {"debug": False, "instrumentation_mode": ""}
@@ -135,9 +131,7 @@ def record(capability: tuple[int, int]) -> list[Launch]:
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability))
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties))
         patches.enter_context(mock.patch.object(attend, "why_not_hopper", lambda q, k, v: ""))
-        for module in MODULES:
-            if getattr(module, "launch", None) is triton_tools.launch:
-                patches.enter_context(mock.patch.object(module, "launch", launch))
+        patches.enter_context(mock.patch.object(Work, "launch", launch))
         run_everything(capability)
     return list(found.values())
 
