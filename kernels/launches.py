@@ -180,12 +180,12 @@ class Recording(Work):
         if not all(grid):
             return
         compiled = kernel[grid](*args, **options)
+        if not hasattr(compiled, "packed_metadata"):  # it ran in the interpreter, say
+            self.problem = f"{kernel} was not compiled"
+            return
         parameters = kernel.signature.parameters
         bound = kernel.signature.bind(*args, **{name: x for name, x in options.items() if name in parameters})
         bound.apply_defaults()
-        if not hasattr(compiled, "packed_metadata"):  # a hook of Triton's has kept it from compiling
-            self.problem = f"{kernel} was not compiled"
-            return
         values, moving = list(bound.arguments.values()), []
         for position, value in enumerate(values):
             is_descriptor = hasattr(value, "block_shape")  # of Triton or of Gluon
