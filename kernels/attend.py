@@ -12,8 +12,9 @@ from . import attend_hopper, attend_triton
 from .launches import Work
 from .partition import Geometry
 
-SCRATCH_SHARE = 0.2  # of the bytes of q, k, v and out: buffers and tables together stay within a quarter
-SCRATCH_FLOOR = 64 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
+MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
+MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
+ENTRY_SHARE = 0.05  # of the bytes of q, k, v and out; with more entries than that, a few heads are done at a time
 
 
 def pair_capacity(geometry: Geometry, heads: int, share: float) -> int:
@@ -50,16 +51,27 @@ def attention(
         if reason:
             raise ValueError(f"implementation='hopper' cannot run: {reason}; use 'auto' or 'triton'")
         run = attend_hopper.attention
-    batch, heads = q.shape[:2]
+    batch, heads, kv_heads = *q.shape[:2], k.shape[1]
     capacity = pair_capacity(geometry, heads, share)
     tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
-    scratch = max(SCRATCH_FLOOR, int(SCRATCH_SHARE * tensor_bytes))
+    given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
+    scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
+    parts = 1
+    if together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
+        parts = min(kv_heads, math.ceil(4 * capacity * batch / (ENTRY_SHARE * tensor_bytes)))
+    step = math.ceil(kv_heads / parts)
     out, lse = work.output(*q.shape, dtype=q.dtype), work.output(*q.shape[:3], dtype=torch.float32)
     for i in range(0, batch, together):
-        some = slice(i, i + together)
-        inputs = [work.samples(x, some) for x in (q, k, v, words, key_mask)]
-        pairs = min(together, batch - i) * capacity
-        with work.section():
-            run(work, *inputs, out[some], lse[some], geometry, scale, pairs, scratch)
+        samples = slice(i, i + together)
+        mask = work.part(key_mask, samples)
+        for first in range(0, kv_heads, step):
+            kv = samples, slice(first, first + step)
+            own = samples, slice(first * (heads // kv_heads), (first + step) * (heads // kv_heads))
+            inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
+            count, here = inputs[0].shape[:2]
+            pairs = count * pair_capacity(geometry, here, share)
+            tables = 17 * pairs // 4 + 8 * count * here * geometry.num_tokens  # entries, tiles, places
+            with work.section():
+                run(work, *inputs, mask, out[own], lse[own], geometry, scale, pairs, max(scratch - tables, scratch // 4))
     return out, lse

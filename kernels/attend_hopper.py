@@ -13,6 +13,7 @@ and the merging warps' rows fill shared memory (226 of 227 KiB). arXiv 2506.2385
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,27 +25,37 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import attend_lists
 from .attend_merge import QUERIES, merge_last, refuse
-from .hopper_attend import RING, attend
+from .hopper_attend import PART_QUERIES, PARTS, attend
 from .hopper_serve import DEPTH, ROWS, WARPS, feed, serve, tell
 from .launches import Work
 from .partition import Geometry
 from .triton_tools import power_of_two
 
-BLOCK = 128  # keys
-SLOTS = {64: 8, 128: 4}  # padded head size: blocks of keys or values in shared memory
-# Registers a thread, of 504 for the three warpgroups: the least with hardly a spill in the warps that merge.
-ATTEND_REGISTERS, OTHER_REGISTERS = 216, 72
 LOG2E = 1.4426950408889634
 
-_HALF = gl.constexpr(attend_lists.TILE // 2)
+
+class Shape(NamedTuple):
+    """How a program is made up, by padded head size."""
+
+    block: int  # keys
+    slots: int  # blocks of keys or values in shared memory
+    attend_registers: int  # of a thread
+    other_registers: int
+
+
+# The registers of the three warpgroups add up to 504. With three that attend (152 registers, blocks of 64 keys) both
+# head sizes were 5 to 20 % slower; so were eight warps that attend in step, though they share their instructions.
+SHAPES = {64: Shape(128, 8, 216, 72), 128: Shape(128, 4, 216, 72)}
+
+_PART = gl.constexpr(PART_QUERIES)
+_PARTS = gl.constexpr(PARTS)
 _WARPS = gl.constexpr(WARPS)
 _ROWS = gl.constexpr(ROWS)
 _DEPTH = gl.constexpr(DEPTH)
 
-
 _SIZES = [
     "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "head_dim", "heads",
-    "group", "tokens", "max_chunks", "masked", "all_kv_heads", "packed_rows",
+    "group", "tokens", "max_chunks", "buffers", "masked", "all_kv_heads", "packed_rows",
 ]  # fmt: skip
 
 
@@ -52,67 +63,59 @@ _SIZES = [
 def attend_everything(
     Q, K, V, packed_k, packed_v, PACKED_K, PACKED_V, KEYS, ENTRIES, PLACE, TILES, CHUNKS, TOTALS, DONE, PART, PART_LSE,
     OUT, LSE, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, head_dim, heads, group,
-    tokens, masked, all_kv_heads, packed_rows, max_chunks, scale,
-    BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, ATTEND_REGISTERS: gl.constexpr,
-    OTHER_REGISTERS: gl.constexpr,
+    tokens, masked, all_kv_heads, packed_rows, max_chunks, buffers, scale,
+    BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
+    ATTEND_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Strides and ``head_dim`` come in units of 8 elements, so that copies are known to be 16 bytes wide."""
     dtype: gl.constexpr = Q.dtype.element_ty
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
-    FLAT_LSE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    queries = gl.allocate_shared_memory(dtype, [4, _HALF, D], packed_k.layout)
+    ROWS_IN: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries = gl.allocate_shared_memory(dtype, [2 * _PARTS, _PART, D], packed_k.layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK, D], packed_k.layout)
-    places = gl.allocate_shared_memory(gl.int32, [4, _HALF], FLAT_LSE)
-    ranks = gl.allocate_shared_memory(gl.int16, [4, _HALF], FLAT_LSE)
-    rows = gl.allocate_shared_memory(dtype, [_WARPS * _DEPTH, _ROWS, D], FLAT)
-    lses = gl.allocate_shared_memory(gl.float32, [_WARPS * _DEPTH, _ROWS], FLAT_LSE)
+    places = gl.allocate_shared_memory(gl.int32, [2 * _PARTS, _PART], FLAT)
+    ranks = gl.allocate_shared_memory(gl.int16, [2 * _PARTS, _PART], FLAT)
+    rows = gl.allocate_shared_memory(dtype, [_WARPS * _DEPTH, _ROWS, D], ROWS_IN)
+    weights = gl.allocate_shared_memory(gl.float32, [_WARPS, 32], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(done.index(i), count=2)
+        mbarrier.init(done.index(i), count=_PARTS)
         mbarrier.init(told.index(i), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=_PARTS)
     num_tiles, num_chunks = gl.load(TOTALS), gl.load(TOTALS + 1)
     MERGED = DONE + max_chunks
     PACKED = MERGED + max_chunks
     servers = gl.num_programs(0) * _WARPS
     kv_heads = heads // group
-    # The arguments are spelled out twice: in a tuple with a name, compile-time constants would become tensors.
+    # Compile-time constants stay out of the tuples, in which they would become tensors.
+    memory = (Q, ENTRIES, PLACE, TILES, PART, PART_LSE, MERGED)
+    shared = (queries, places, ranks, ring, full, empty, done, told)
+    q_strides = (q_batch, q_head, q_token)
+    numbers = (head_dim, heads, group, tokens, num_tiles, servers, buffers)
+    pack_from = (K, V, KEYS, k_batch, k_head, k_token, v_batch, v_head, v_token)
+    pack_to = (PACKED_K, PACKED_V, PACKED, packed_rows)
+    merge_from = (PART, PART_LSE, PLACE, CHUNKS, DONE, MERGED, rows, weights)
+    counts = (head_dim, tokens, masked, group, kv_heads, all_kv_heads, num_chunks)
+    feed_from = (packed_k, packed_v, TILES, PACKED)
+    feed_to = (ring, full, empty)
+    feed_counts = (group, packed_rows, num_tiles, servers)
     gl.warp_specialize(
         [
-            (attend, (
-                0, Q, ENTRIES, PLACE, TILES, PART, PART_LSE, MERGED, queries, places, ranks, ring, full,
-                empty, done, told, q_batch, q_head, q_token, head_dim, heads, group, tokens, scale, num_tiles, servers,
-                BLOCK, SLOTS, D,
-            )),
-            (attend, (
-                1, Q, ENTRIES, PLACE, TILES, PART, PART_LSE, MERGED, queries, places, ranks, ring, full,
-                empty, done, told, q_batch, q_head, q_token, head_dim, heads, group, tokens, scale, num_tiles, servers,
-                BLOCK, SLOTS, D,
-            )),
-            (feed, (
-                packed_k, packed_v, TILES, PACKED, ring, full, empty, group, packed_rows, num_tiles, servers,
-                BLOCK, SLOTS, D,
-            )),
+            (attend, (0, memory, shared, q_strides, numbers, scale, BLOCK, SLOTS, D)),
+            (attend, (1, memory, shared, q_strides, numbers, scale, BLOCK, SLOTS, D)),
+            (feed, (feed_from, feed_to, feed_counts, BLOCK, SLOTS, D)),
             (tell, (TILES, DONE, done, told, num_tiles)),
-            (serve, (
-                0, K, V, KEYS, PACKED_K, PACKED_V, PACKED, k_batch, k_head, k_token, v_batch, v_head, v_token,
-                PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, DONE, MERGED, rows, lses, head_dim, tokens, masked, group,
-                kv_heads, all_kv_heads, packed_rows, num_chunks, D,
-            )),
-            (serve, (
-                1, K, V, KEYS, PACKED_K, PACKED_V, PACKED, k_batch, k_head, k_token, v_batch, v_head, v_token,
-                PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, DONE, MERGED, rows, lses, head_dim, tokens, masked, group,
-                kv_heads, all_kv_heads, packed_rows, num_chunks, D,
-            )),
+            (serve, (0, pack_from, pack_to, merge_from, OUT, LSE, counts, D)),
+            (serve, (1, pack_from, pack_to, merge_from, OUT, LSE, counts, D)),
         ],
         [4, 1, 1, 1, 1],
         [ATTEND_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-    )  # fmt: skip
+    )
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -123,6 +126,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"it takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"it takes head sizes up to 128 that are multiples of 8, not {q.shape[-1]}"
+    if q.shape[2] * q.stride(2) >= 2**31:
+        return f"a head of q must span fewer than 2**31 elements, not {q.shape[2] * q.stride(2)}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
             return f"{name} must start and stride by multiples of 16 bytes"
@@ -137,25 +142,30 @@ def attention(
     batch, heads, tokens, head_dim = q.shape
     dim = max(64, power_of_two(head_dim))
     boxes = geometry.num_boxes + (geometry.num_condition > 0)
-    slack = attend_lists.GROUP * boxes
-    slots = (scratch - 4 * capacity) // (RING * (dim * 2 + 4))
-    chunk_pairs = min(max(slots - slack, slack), tokens * boxes)
-    lists = attend_lists.build(work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=RING)
+    shape = SHAPES[dim]
+    packed_rows, kv_heads = tokens + shape.block, k.shape[1]
+    packed_shape = min(2, batch * kv_heads) * packed_rows, dim
+    row_bytes, slack = dim * 2 + 4, attend_lists.GROUP * boxes
+    slots = min((scratch - 4 * packed_shape[0] * dim) // row_bytes, (2**31 - 1) // dim)
+    ring = 3 if slots > 9 * slack else 2  # chunks of partials
+    chunk_pairs = min(max(slots // ring - slack, slack), triton.cdiv(capacity, batch * heads))
+    lists = attend_lists.build(
+        work, words, key_mask, geometry,
+        capacity=capacity, chunk_pairs=chunk_pairs, ring=ring, tile=PART_QUERIES * PARTS,
+    )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
-    part, part_lse = new(RING * lists.slots, dim), new(RING * lists.slots, dtype=torch.float32)
+    part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:3]]
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    packed_rows, kv_heads = tokens + BLOCK, k.shape[1]
-    packed = [new(min(2, batch * kv_heads) * packed_rows, dim) for _ in range(2)]
+    packed = [new(*packed_shape) for _ in range(2)]
     layout = gl.NVMMASharedLayout(128, 16, 2)
-    descriptors = [TensorDescriptor.from_tensor(x, [BLOCK, dim], layout) for x in packed]
+    descriptors = [TensorDescriptor.from_tensor(x, [shape.block, dim], layout) for x in packed]
     work.launch(
         attend_everything, (programs,), q, k, v, *descriptors, *packed, lists.keys, lists.entries, lists.place,
         lists.tiles, lists.chunks, lists.totals, lists.done, part, part_lse, out, lse, *strides, head_dim // 8, heads,
         heads // kv_heads, tokens, int(key_mask.numel() > 0), batch * kv_heads, packed_rows, lists.max_chunks,
-        scale * LOG2E, BLOCK=BLOCK, SLOTS=SLOTS[dim], D=dim, ATTEND_REGISTERS=ATTEND_REGISTERS,
-        OTHER_REGISTERS=OTHER_REGISTERS, num_warps=4,
-        launch_cooperative_grid=True,
+        ring, scale * LOG2E, BLOCK=shape.block, SLOTS=shape.slots, D=dim, ATTEND_REGISTERS=shape.attend_registers,
+        OTHER_REGISTERS=shape.other_registers, num_warps=4, launch_cooperative_grid=True,
     )  # fmt: skip
     work.launch(
         merge_last, (triton.cdiv(tokens, QUERIES),), part, part_lse, lists.place, lists.chunks, lists.totals, out, lse,

@@ -27,10 +27,10 @@ from .launches import Work
 from .partition import Geometry
 from .triton_tools import box_shape, box_start, token_in_box
 
-TILE = 128  # queries per tile
+TILE = 128  # queries per tile, unless the launcher wants another number
 GROUP = 256  # queries that always share a chunk
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
-TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, unused
+TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, sample
 CHUNK_FIELDS = 8  # head, first and last query, first and last tile, unused
 MAX_TOKENS = 2 ** (31 - RANK_BITS)
 MAX_BOXES = 2**RANK_BITS - 1
@@ -271,6 +271,7 @@ def list_tiles(
                 tl.store(info + 4, full + size, mask=inside)
                 tl.store(info + 5, full + chunk, mask=inside)
                 tl.store(info + 6, full + c, mask=inside)
+                tl.store(info + 7, full + (head // heads).to(tl.int32), mask=inside)
 
 
 _SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots", "capacity"]
@@ -313,12 +314,13 @@ def scatter_entries(
 
 
 def build(
-    work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int, chunk_pairs: int, ring: int
-) -> Lists:
+    work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry,
+    *, capacity: int, chunk_pairs: int, ring: int, tile: int,
+) -> Lists:  # fmt: skip
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
     ``capacity`` bounds the pairs of all heads, ``chunk_pairs`` the pairs of a chunk (but for one group of queries);
-    the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows.
+    the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows; a tile has up to ``tile`` queries.
     """
     batch, heads = words.shape[:2]
     num_heads, tokens, num_boxes = batch * heads, geometry.num_tokens, geometry.num_boxes
@@ -327,7 +329,7 @@ def build(
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
     per_head = triton.cdiv(tokens * boxes, chunk_pairs)
     max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
-    max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes
+    max_tiles = triton.cdiv(capacity, tile) + max_chunks * boxes
     masked = key_mask.numel() > 0
     new = partial(work.empty, dtype=torch.int32)
     keys, span = new(batch if masked else 1, tokens), new(batch if masked else 1, boxes, 2)
@@ -347,14 +349,14 @@ def build(
     totals = new(4)
     work.launch(
         cut_chunks, (num_heads * per_head + 1,), count, total, start, cut, totals,
-        num_heads, boxes, groups, chunk_pairs, per_head, capacity, TILE=TILE, BLOCK=256, num_warps=2,
+        num_heads, boxes, groups, chunk_pairs, per_head, capacity, TILE=tile, BLOCK=256, num_warps=2,
     )  # fmt: skip
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
     work.launch(
         list_tiles, (num_heads * per_head, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
-        TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=2,
+        TILE=tile, GROUP=GROUP, BLOCK=256, num_warps=2,
     )  # fmt: skip
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time

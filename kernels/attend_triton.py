@@ -159,7 +159,9 @@ def attention(
     left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
     chunk_pairs = max(min(per_head, left - slack), slack)
     ring = max(1, min(together * group, left // (chunk_pairs + slack)))
-    lists = attend_lists.build(work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring)
+    lists = attend_lists.build(
+        work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring, tile=TILE
+    )
     masked = int(key_mask.numel() > 0)
 
     new = partial(work.empty, dtype=q.dtype)

@@ -17,17 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .attend_lists import RANK_BITS, TILE, TILE_FIELDS
-from .hopper_sync import add, maximum, release, sleep, thread_barrier
+from .attend_lists import RANK_BITS, TILE_FIELDS
+from .hopper_sync import add, maximum, pin, release, sleep, thread_barrier
 
-RING = 2  # chunks of partials
+PART_QUERIES = 64  # of a warpgroup
+PARTS = 2  # warpgroups
 
 _RANK_BITS = gl.constexpr(RANK_BITS)
 _RANK_MASK = gl.constexpr(2**RANK_BITS - 1)
 _TILE_FIELDS = gl.constexpr(TILE_FIELDS)
-_RING = gl.constexpr(RING)
 _NONE = gl.constexpr(float("-inf"))
-_HALF = gl.constexpr(TILE // 2)  # queries per warpgroup
+_PART = gl.constexpr(PART_QUERIES)
 
 
 @gluon.jit
@@ -50,29 +50,31 @@ def softmax_step(
 @gluon.jit
 def read_tile(TILES, t):
     info = TILES + _TILE_FIELDS * t
-    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 4), gl.load(info + 5)
+    sample = gl.load(info + 7)
+    return gl.load(info), sample, gl.load(info + 1), gl.load(info + 2), gl.load(info + 4), gl.load(info + 5)
 
 
 @gluon.jit
-def read_entries(ENTRIES, first, last, HALF_OF: gl.constexpr, rows):
-    at = first + HALF_OF * _HALF + rows
+def read_entries(ENTRIES, first, last, INDEX: gl.constexpr, rows):
+    at = first + INDEX * _PART + rows
     return gl.load(ENTRIES + at, mask=at < last, other=0)
 
 
 @gluon.jit
 def gather_queries(
-    Q, PLACE, head, entries, flat_entries, heads, tokens, q_batch, q_head, q_token, head_dim, d, to, places, ranks
-):
-    """Start copying the queries of a half tile and the places of their partials."""
-    row = (entries >> _RANK_BITS).to(gl.int64) * (q_token * 8)
+    Q, PLACE, head, sample, entries, flat_entries, heads, tokens, q_batch, q_head, q_token, head_dim, rows, d, to, places,
+    ranks,
+):  # fmt: skip
+    """Start copying the queries of one warpgroup and the places of their partials. Offsets in a head fit in 32 bits."""
     base = (
         Q
-        + (head // heads).to(gl.int64) * (q_batch.to(gl.int64) * 8)
-        + (head % heads).to(gl.int64) * (q_head.to(gl.int64) * 8)
+        + sample.to(gl.int64) * (q_batch.to(gl.int64) * 8)
+        + (head - sample * heads).to(gl.int64) * (q_head.to(gl.int64) * 8)
     )
-    inside = (entries >= 0)[:, None] & (d < head_dim * 8)[None, :]
-    async_copy.async_copy_global_to_shared(to, base + row[:, None] + d[None, :], mask=inside)
-    place = PLACE + (head.to(gl.int64) * tokens + (flat_entries >> _RANK_BITS)) * 2
+    offset = ((entries >> _RANK_BITS) * (q_token * 8).to(gl.int32))[:, None] + d[None, :]
+    inside = (rows >= 0)[:, None] & (d < head_dim * 8)[None, :]
+    async_copy.async_copy_global_to_shared(to, base + offset, mask=inside)
+    place = PLACE + head.to(gl.int64) * (tokens * 2) + (flat_entries >> _RANK_BITS) * 2
     async_copy.async_copy_global_to_shared(places, place)
     ranks.store((flat_entries & _RANK_MASK).to(gl.int16))
     async_copy.commit_group()
@@ -80,40 +82,43 @@ def gather_queries(
 
 @gluon.jit
 def attend(
-    HALF_OF: gl.constexpr, Q, ENTRIES, PLACE, TILES, PART, PART_LSE, MERGED, queries, places, ranks, ring, full, empty,
-    done, told, q_batch, q_head, q_token, head_dim, heads, group, tokens, scale, num_tiles, servers,
+    INDEX: gl.constexpr, memory, shared, q_strides, numbers, scale,
     BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """64 of the 128 queries of every tile of this program."""
+    """Queries ``64 * INDEX ... 64 * INDEX + 64`` of every tile of this program."""
+    Q, ENTRIES, PLACE, TILES, PART, PART_LSE, MERGED = memory
+    queries, places, ranks, ring, full, empty, done, told = shared
+    q_batch, q_head, q_token = q_strides
+    head_dim, heads, group, tokens, num_tiles, servers, buffers = numbers
     dtype: gl.constexpr = Q.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, _HALF, gl.SliceLayout(1, COPY))
-    out_rows = gl.arange(0, _HALF, gl.SliceLayout(1, OUT))
-    flat = gl.arange(0, _HALF, gl.BlockedLayout([1], [32], [4], [0]))
+    rows = gl.arange(0, _PART, gl.SliceLayout(1, COPY))
+    out_rows = gl.arange(0, _PART, gl.SliceLayout(1, OUT))
+    flat = gl.arange(0, _PART, gl.BlockedLayout([1], [32], [4], [0]))
     d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    zero = gl.full([_HALF, BLOCK], 0.0, gl.float32, SCORES)
+    zero = gl.full([_PART, BLOCK], 0.0, gl.float32, SCORES)
     step = gl.num_programs(0)
     t = gl.program_id(0)
     if t < num_tiles:
-        head, first, last, size, chunk = read_tile(TILES, t)
-        e = read_entries(ENTRIES, first, last, HALF_OF, rows)
-        flat_e = read_entries(ENTRIES, first, last, HALF_OF, flat)
-        gather_queries(Q, PLACE, head, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, d,
-                       queries.index(HALF_OF), places.index(HALF_OF), ranks.index(HALF_OF))  # fmt: skip
-        head1, first1, last1, size1, chunk1 = read_tile(TILES, gl.minimum(t + step, num_tiles - 1))
-        e = read_entries(ENTRIES, first1, last1, HALF_OF, rows)
-        flat_e = read_entries(ENTRIES, first1, last1, HALF_OF, flat)
-        gather_queries(Q, PLACE, head1, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, d,
-                       queries.index(2 + HALF_OF), places.index(2 + HALF_OF), ranks.index(2 + HALF_OF))  # fmt: skip
-        head2, first2, last2, size2, chunk2 = read_tile(TILES, gl.minimum(t + 2 * step, num_tiles - 1))
+        head, sample, first, last, size, chunk = read_tile(TILES, t)
+        e = read_entries(ENTRIES, first, last, INDEX, rows)
+        flat_e = read_entries(ENTRIES, first, last, INDEX, flat)
+        gather_queries(Q, PLACE, head, sample, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, rows, d,
+                       queries.index(INDEX), places.index(INDEX), ranks.index(INDEX))  # fmt: skip
+        head1, sample1, first1, last1, size1, chunk1 = read_tile(TILES, gl.minimum(t + step, num_tiles - 1))
+        e = read_entries(ENTRIES, first1, last1, INDEX, rows)
+        flat_e = read_entries(ENTRIES, first1, last1, INDEX, flat)
+        gather_queries(Q, PLACE, head1, sample1, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, rows, d,
+                       queries.index(2 + INDEX), places.index(2 + INDEX), ranks.index(2 + INDEX))  # fmt: skip
+        head2, sample2, first2, last2, size2, chunk2 = read_tile(TILES, gl.minimum(t + 2 * step, num_tiles - 1))
         async_copy.wait_group(1)
         fence_async_shared()
         thread_barrier()
         mbarrier.wait(full.index(0), 0)
         scores = warpgroup_mma(
-            queries.index(HALF_OF), ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True
+            queries.index(INDEX), ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         release(empty.index(0))
@@ -121,17 +126,18 @@ def attend(
         buffer = 0
         seen = -1
         n = 0
+        kv_head = head // group
         for tile in range(t, num_tiles, step):
-            q = queries.index(buffer * 2 + HALF_OF)
-            q_next = queries.index((1 - buffer) * 2 + HALF_OF)
+            q = queries.index(buffer * 2 + INDEX)
+            q_next = queries.index((1 - buffer) * 2 + INDEX)
             blocks = (size + BLOCK - 1) // BLOCK
-            peak = gl.full([_HALF], _NONE, gl.float32, gl.SliceLayout(1, OUT))
-            total = gl.full([_HALF], 0.0, gl.float32, gl.SliceLayout(1, OUT))
-            acc = gl.full([_HALF, D], 0.0, gl.float32, OUT)
+            peak = gl.full([_PART], _NONE, gl.float32, gl.SliceLayout(1, OUT))
+            total = gl.full([_PART], 0.0, gl.float32, gl.SliceLayout(1, OUT))
+            acc = gl.full([_PART, D], 0.0, gl.float32, OUT)
             left = size - (blocks - 1) * BLOCK
             p, peak, total, decay = softmax_step(scores, peak, total, scale, left, BLOCK, True, SCORES, OUT, dtype)
-            e = read_entries(ENTRIES, first2, last2, HALF_OF, rows)
-            flat_e = read_entries(ENTRIES, first2, last2, HALF_OF, flat)
+            e = read_entries(ENTRIES, first2, last2, INDEX, rows)
+            flat_e = read_entries(ENTRIES, first2, last2, INDEX, flat)
             for _ in range(1, blocks):
                 at_k, at_v = i % SLOTS, (i + 1) % SLOTS
                 mbarrier.wait(full.index(at_k), (i // SLOTS) & 1)
@@ -143,7 +149,7 @@ def attend(
                 p1, peak, total, decay = softmax_step(
                     scores1, peak, total, scale, BLOCK, BLOCK, False, SCORES, OUT, dtype
                 )
-                # p1 and total are listed so that the softmax is not moved behind this wait.
+                total = pin(total)
                 acc, p, p1, total = warpgroup_mma_wait(0, deps=[acc_, p, p1, total])
                 release(empty.index(at_v))
                 i += 2
@@ -163,32 +169,32 @@ def attend(
             q.store(acc.to(dtype))
             thread_barrier()
             result = q.load(COPY)
-            place, rank = places.index(buffer * 2 + HALF_OF), ranks.index(buffer * 2 + HALF_OF)
+            place, rank = places.index(buffer * 2 + INDEX), ranks.index(buffer * 2 + INDEX)
             slot = place.load(gl.SliceLayout(1, COPY)) + rank.load(gl.SliceLayout(1, COPY)).to(gl.int32)
             lse_slot = place.load(gl.SliceLayout(1, OUT)) + rank.load(gl.SliceLayout(1, OUT)).to(gl.int32)
             thread_barrier()
-            gather_queries(Q, PLACE, head2, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, d,
+            gather_queries(Q, PLACE, head2, sample2, e, flat_e, heads, tokens, q_batch, q_head, q_token, head_dim, rows, d,
                            q, place, rank)  # fmt: skip
             if chunk != seen:
-                if chunk >= _RING:
-                    while gl.load(MERGED + chunk - _RING, volatile=True) < servers:
+                if chunk >= buffers:
+                    while gl.load(MERGED + chunk - buffers, volatile=True) < servers:
                         sleep()
                 seen = chunk
-            inside = first + HALF_OF * _HALF + rows < last
-            gl.store(PART + slot.to(gl.int64)[:, None] * D + d[None, :], result, mask=inside[:, None])
-            lse_inside = first + HALF_OF * _HALF + out_rows < last
+            inside = first + INDEX * _PART + rows < last
+            gl.store(PART + (slot[:, None] * D + d[None, :]), result, mask=inside[:, None])
+            lse_inside = first + INDEX * _PART + out_rows < last
             gl.store(PART_LSE + lse_slot, peak + gl.log2(total), mask=lse_inside)
             mbarrier.wait(told.index(n % 2), ((n // 2) & 1) ^ 1)
             release(done.index(n % 2))
             n += 1  # noqa: SIM113 - Gluon has no enumerate
-            kv_head = head // group
             head, first, last, size, chunk = head1, first1, last1, size1, chunk1
             head1, first1, last1, size1, chunk1 = head2, first2, last2, size2, chunk2
-            head2, first2, last2, size2, chunk2 = read_tile(TILES, gl.minimum(tile + 3 * step, num_tiles - 1))
+            head2, sample2, first2, last2, size2, chunk2 = read_tile(TILES, gl.minimum(tile + 3 * step, num_tiles - 1))
             scores = warpgroup_mma_wait(0, deps=[scores_])
             release(empty.index(at_k))
             i += 2
-            if (tile + step < num_tiles) & (head // group > kv_head + 1):  # those were not its keys, see feed
+            before, kv_head = kv_head, head // group
+            if (tile + step < num_tiles) & (kv_head > before + 1):  # those were not its keys, see feed
                 at_k = i % SLOTS
                 mbarrier.wait(full.index(at_k), (i // SLOTS) & 1)
                 scores = warpgroup_mma(q_next, ring.index(at_k).permute((1, 0)), zero, use_acc=False, is_async=True)

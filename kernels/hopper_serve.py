@@ -15,8 +15,9 @@ from .attend_lists import CHUNK_FIELDS, TILE_FIELDS
 from .hopper_sync import add, fence_async_global, maximum, thread_barrier, wait_until
 
 WARPS = 2  # that pack and merge
-ROWS = 8  # partial rows per step of a merging warp
-DEPTH = 8  # steps that a merging warp keeps in flight
+ROWS = 16  # partial rows per step of a merging warp
+DEPTH = 3  # steps that a merging warp keeps in flight
+PACKED_ROWS = 8  # per step of a packing warp
 
 _TILE_FIELDS = gl.constexpr(TILE_FIELDS)
 _CHUNK_FIELDS = gl.constexpr(CHUNK_FIELDS)
@@ -24,6 +25,7 @@ _WARPS = gl.constexpr(WARPS)
 _NONE = gl.constexpr(float("-inf"))
 _LN2 = gl.constexpr(0.6931471805599453)
 _ROWS = gl.constexpr(ROWS)
+_PACKED_ROWS = gl.constexpr(PACKED_ROWS)
 _DEPTH = gl.constexpr(DEPTH)
 
 
@@ -50,11 +52,11 @@ def put_block(packed, row, i, ring, full, empty, SLOTS: gl.constexpr, BYTES: gl.
 
 
 @gluon.jit
-def feed(
-    packed_k, packed_v, TILES, PACKED, ring, full, empty, group, packed_rows, num_tiles, packers,
-    BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def feed(feed_from, feed_to, feed_counts, BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr):
     """Keys and values of every tile, in the order in which :func:`attend` takes them."""
+    packed_k, packed_v, TILES, PACKED = feed_from
+    ring, full, empty = feed_to
+    group, packed_rows, num_tiles, packers = feed_counts
     BYTES: gl.constexpr = BLOCK * D * 2
     step = gl.num_programs(0)
     t = gl.program_id(0)
@@ -95,19 +97,20 @@ def feed(
 
 @gluon.jit
 def pack(
-    K, V, KEYS, PACKED_K, PACKED_V, kv_head, kv_heads, k_batch, k_head, k_token, v_batch, v_head, v_token, head_dim,
-    tokens, masked, packed_rows, worker, workers, D: gl.constexpr,
+    pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D: gl.constexpr
 ):  # fmt: skip
     """This warp's share of the keys and values of one head, to box order; zeros where there is no key."""
+    K, V, KEYS, k_batch, k_head, k_token, v_batch, v_head, v_token = pack_from
+    PACKED_K, PACKED_V, PACKED, packed_rows = pack_to
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
-    rows = gl.arange(0, _ROWS, gl.SliceLayout(1, COPY))
+    rows = gl.arange(0, _PACKED_ROWS, gl.SliceLayout(1, COPY))
     d = gl.arange(0, D, gl.SliceLayout(0, COPY))
     sample, of_sample = (kv_head // kv_heads).to(gl.int64), (kv_head % kv_heads).to(gl.int64)
     k = K + sample * (k_batch.to(gl.int64) * 8) + of_sample * (k_head.to(gl.int64) * 8)
     v = V + sample * (v_batch.to(gl.int64) * 8) + of_sample * (v_head.to(gl.int64) * 8)
     keys = KEYS + sample * masked * tokens
     to = (kv_head % 2).to(gl.int64) * packed_rows
-    for start in range(worker * _ROWS, packed_rows, workers * _ROWS):
+    for start in range(worker * _PACKED_ROWS, packed_rows, workers * _PACKED_ROWS):
         r = start + rows
         token = gl.load(keys + r, mask=r < tokens, other=-1).to(gl.int64)
         inside = (token >= 0)[:, None] & (d < head_dim * 8)[None, :]
@@ -118,96 +121,103 @@ def pack(
         gl.store(PACKED_V + at, value, mask=(r < packed_rows)[:, None])
     fence_async_global()
     thread_barrier()
+    gl.atomic_add(PACKED + kv_head, 1, sem="release", scope="gpu")
 
 
 @gluon.jit
-def fetch_partials(WARP: gl.constexpr, PART, PART_LSE, step, last_step, rows, lses, D: gl.constexpr):
-    """Start copying partial rows ``8 * step ... 8 * step + 8`` to shared memory; an empty group behind the last."""
+def fetch_partials(WARP: gl.constexpr, PART, step, end, rows, D: gl.constexpr):
+    """Start copying partial rows ``16 * step ... 16 * step + 16`` to shared memory; an empty group behind the last."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
-    LSE_COPY: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if step < last_step:
-        r = step * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, COPY))
+    if step * _ROWS < end:
+        r = gl.arange(0, _ROWS, gl.SliceLayout(1, COPY))
         d = gl.arange(0, D, gl.SliceLayout(0, COPY))
         async_copy.async_copy_global_to_shared(
-            rows.index(WARP * _DEPTH + step % _DEPTH), PART + r.to(gl.int64)[:, None] * D + d[None, :]
-        )
-        async_copy.async_copy_global_to_shared(
-            lses.index(WARP * _DEPTH + step % _DEPTH), PART_LSE + step * _ROWS + gl.arange(0, _ROWS, LSE_COPY)
+            rows.index(WARP * _DEPTH + step % _DEPTH), PART + step.to(gl.int64) * (_ROWS * D) + (r[:, None] * D + d[None, :])
         )
     async_copy.commit_group()
 
 
 @gluon.jit
 def merge_queries(
-    WARP: gl.constexpr, PART, PART_LSE, PLACE, OUT, LSE, first, last, rows, lses, head_dim, D: gl.constexpr
+    WARP: gl.constexpr, PART, PART_LSE, PLACE, OUT, LSE, first, last, rows, weights, head_dim, D: gl.constexpr
 ):
-    """Merge the partials of queries ``first ... last`` (counted over all heads): one contiguous stream of rows."""
-    READ: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [1, 1], [1, 0])
-    row = gl.arange(0, _ROWS, gl.SliceLayout(1, READ))
-    d = gl.arange(0, D, gl.SliceLayout(0, READ))
+    """Merge the partials of queries ``first ... last`` (counted over all heads): one contiguous stream of rows.
+
+    A lane takes a partial's weight, then the warp adds row after row. Each instruction here is one less for those who
+    attend, so nothing is computed twice, and the next query's log-sum-exps are read ahead.
+    """
+    READ: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lane = gl.arange(0, 32, LANES)
+    d = gl.arange(0, D, READ)
+    by_row = rows._reinterpret(PART.dtype.element_ty, [_WARPS * _DEPTH * _ROWS, D], ONE)
+    weight_of = weights._reinterpret(gl.float32, [_WARPS * 32, 1], ONE)
     slot = gl.load(PLACE + first.to(gl.int64) * 2)
+    size = gl.load(PLACE + first.to(gl.int64) * 2 + 1)
     final = PLACE + (last - 1).to(gl.int64) * 2
-    last_step = (gl.load(final) + gl.load(final + 1) + _ROWS - 1) // _ROWS
+    stop = gl.load(final) + gl.load(final + 1)
     step = slot // _ROWS
     for ahead in range(_DEPTH):
-        fetch_partials(WARP, PART, PART_LSE, step + ahead, last_step, rows, lses, D)
+        fetch_partials(WARP, PART, step + ahead, stop, rows, D)
+    lse = gl.load(PART_LSE + slot + lane, mask=lane < size, other=_NONE)
     async_copy.wait_group(_DEPTH - 1)
     thread_barrier()
-    size = gl.load(PLACE + first.to(gl.int64) * 2 + 1)
+    size_next = gl.load(PLACE + gl.minimum(first + 1, last - 1).to(gl.int64) * 2 + 1)
     for query in range(first, last):
-        size_next = gl.load(PLACE + gl.minimum(query + 1, last - 1).to(gl.int64) * 2 + 1)
+        size_after = gl.load(PLACE + gl.minimum(query + 2, last - 1).to(gl.int64) * 2 + 1)
         end = slot + size
-        peak = _NONE + slot * 0.0
-        total = slot * 0.0
-        acc = gl.full([D], 0.0, gl.float32, gl.SliceLayout(0, READ))
-        behind = (end + _ROWS - 1) // _ROWS
+        lse_next = gl.load(PART_LSE + end + lane, mask=lane < size_next, other=_NONE)
+        peak = gl.reduce(lse, 0, maximum)
+        for j in range(32, size, 32):
+            more = gl.load(PART_LSE + slot + j + lane, mask=j + lane < size, other=_NONE)
+            peak = gl.maximum(peak, gl.reduce(more, 0, maximum))
+        total = gl.full([32], 0.0, gl.float32, LANES)
+        acc = gl.full([D], 0.0, gl.float32, READ)
+        for j in range(0, size, 32):
+            if j > 0:
+                lse = gl.load(PART_LSE + slot + j + lane, mask=j + lane < size, other=_NONE)
+            weight = gl.exp2(lse - peak)
+            total += weight
+            thread_barrier()  # every lane has read the last weights
+            weights.index(WARP).store(weight)
+            thread_barrier()
+            a = slot + j
+            b = gl.minimum(a + 32, end)
+            while a < b:
+                at = a // _ROWS
+                if at > step:
+                    thread_barrier()  # every lane has read the rows that are overwritten
+                    fetch_partials(WARP, PART, step + _DEPTH, stop, rows, D)
+                    step += 1
+                    async_copy.wait_group(_DEPTH - 1)
+                    thread_barrier()
+                behind = gl.minimum(b, (at + 1) * _ROWS)
+                shift = (WARP * _DEPTH + at % _DEPTH) * _ROWS - at * _ROWS
+                for r in range(a, behind):
+                    w = weight_of.index(WARP * 32 + r - slot - j).load(READ)
+                    acc += by_row.index(shift + r).load(READ).to(gl.float32) * w
+                a = behind
+        summed = gl.reduce(total, 0, add)
         if size == 0:
-            behind = slot // _ROWS
-        for at in range(slot // _ROWS, behind):
-            if at > step:
-                thread_barrier()  # every lane has read the slot that is filled again
-                fetch_partials(WARP, PART, PART_LSE, step + _DEPTH, last_step, rows, lses, D)
-                step += 1
-                async_copy.wait_group(_DEPTH - 1)
-                thread_barrier()
-            inside = (at * _ROWS + row >= slot) & (at * _ROWS + row < end)
-            lse = gl.where(inside, lses.index(WARP * _DEPTH + at % _DEPTH).load(gl.SliceLayout(1, READ)), _NONE)
-            new = gl.maximum(peak, gl.reduce(lse, 0, maximum))
-            weight = gl.exp2(lse - new)
-            decay = gl.exp2(peak - new)
-            part = rows.index(WARP * _DEPTH + at % _DEPTH).load(READ).to(gl.float32)  # [8, D]
-            more = gl.reduce(part * weight[:, None], 0, add)
-            # Rows of other queries, and rows that nothing was written to, have weight 0: it takes an infinity or a NaN
-            # for them to matter.
-            if gl.reduce((more != more).to(gl.int32), 0, add) > 0:
-                more = gl.reduce(gl.where(inside[:, None], part, 0.0) * weight[:, None], 0, add)
-            acc = acc * decay + more
-            total = total * decay + gl.reduce(weight, 0, add)
-            peak = new
-        if size == 0:
-            total = total + 1.0
-        to = OUT + query * (head_dim.to(gl.int64) * 8) + d
-        gl.store(to, (acc * (1.0 / total)).to(OUT.dtype.element_ty), mask=d < head_dim * 8)
-        gl.store(LSE + query, (peak + gl.log2(total)) * _LN2)
-        slot = end
-        size = size_next
+            summed = summed + 1.0
+        to = OUT + query.to(gl.int64) * (head_dim * 8) + d
+        gl.store(to, (acc * (1.0 / summed)).to(OUT.dtype.element_ty), mask=d < head_dim * 8)
+        gl.store(LSE + query, (peak + gl.log2(summed)) * _LN2)
+        slot, size, size_next, lse = end, size_next, size_after, lse_next
     async_copy.wait_group(0)
     thread_barrier()
 
 
 @gluon.jit
-def serve(
-    WARP: gl.constexpr, K, V, KEYS, PACKED_K, PACKED_V, PACKED, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, DONE, MERGED, rows, lses, head_dim, tokens, masked, group, kv_heads,
-    all_kv_heads, packed_rows, num_chunks, D: gl.constexpr,
-):  # fmt: skip
+def serve(WARP: gl.constexpr, pack_from, pack_to, merge_from, OUT, LSE, counts, D: gl.constexpr):
     """This warp's share of packing every head, two ahead, and of merging every chunk but the last once it is done."""
+    PART, PART_LSE, PLACE, CHUNKS, DONE, MERGED, rows, weights = merge_from
+    head_dim, tokens, masked, group, kv_heads, all_kv_heads, num_chunks = counts
     workers = gl.num_programs(0) * _WARPS
     worker = gl.program_id(0) * _WARPS + WARP
     for kv_head in range(0, gl.minimum(all_kv_heads, 2)):
-        pack(K, V, KEYS, PACKED_K, PACKED_V, kv_head, kv_heads, k_batch, k_head, k_token, v_batch, v_head, v_token,
-             head_dim, tokens, masked, packed_rows, worker, workers, D)  # fmt: skip
-        gl.atomic_add(PACKED + kv_head, 1, sem="release", scope="gpu")
+        pack(pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D)
     for chunk in range(0, num_chunks - 1):
         info = CHUNKS + _CHUNK_FIELDS * chunk
         head, begin, end = gl.load(info), gl.load(info + 1), gl.load(info + 2)
@@ -217,11 +227,9 @@ def serve(
         first = gl.minimum(begin + worker * share, end) + head * tokens
         last = gl.minimum(begin + worker * share + share, end) + head * tokens
         wait_until(DONE + chunk, tiles)
+        if first < last:
+            merge_queries(WARP, PART, PART_LSE, PLACE, OUT, LSE, first, last, rows, weights, head_dim, D)
+        gl.atomic_add(MERGED + chunk, 1, sem="release", scope="gpu")
         kv_head = head // group + 2
         if (next_kv_head + 1 == kv_head) & (kv_head < all_kv_heads):
-            pack(K, V, KEYS, PACKED_K, PACKED_V, kv_head, kv_heads, k_batch, k_head, k_token, v_batch, v_head, v_token,
-                 head_dim, tokens, masked, packed_rows, worker, workers, D)  # fmt: skip
-            gl.atomic_add(PACKED + kv_head, 1, sem="release", scope="gpu")
-        if first < last:
-            merge_queries(WARP, PART, PART_LSE, PLACE, OUT, LSE, first, last, rows, lses, head_dim, D)
-        gl.atomic_add(MERGED + chunk, 1, sem="release", scope="gpu")
+            pack(pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D)

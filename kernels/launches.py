@@ -50,9 +50,9 @@ class Work:
         """Scratch memory that holds zeros when the operator begins."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def samples(self, x: Tensor, some: slice) -> Tensor:
-        """Some samples of an input, along its first axis."""
-        return x[some]
+    def part(self, x: Tensor, *which: slice) -> Tensor:
+        """Some samples of an input, or some heads of them."""
+        return x[which]
 
     @contextmanager
     def section(self) -> Iterator[None]:
@@ -162,8 +162,8 @@ class Recording(Work):
         self._zero_bytes += _aligned_bytes(made)  # filled once, as the call begins: never used again
         return made
 
-    def samples(self, x: Tensor, some: slice) -> Tensor:
-        part, place = super().samples(x, some), self._inputs.get(x.data_ptr())
+    def part(self, x: Tensor, *which: slice) -> Tensor:
+        part, place = super().part(x, *which), self._inputs.get(x.data_ptr())
         if place is not None:
             self._know(part, Place(place.area, place.offset + part.data_ptr() - x.data_ptr()))
         return part

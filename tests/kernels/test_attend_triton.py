@@ -33,8 +33,8 @@ def small(monkeypatch):
 @pytest.fixture
 def tight(monkeypatch):
     """Hardly any scratch memory: many chunks, few heads at a time."""
-    monkeypatch.setattr(attend, "SCRATCH_FLOOR", 0)
-    monkeypatch.setattr(attend, "SCRATCH_SHARE", 0.01)
+    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
+    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
 
 
 CASE = Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, suffix=5, batch=1, heads=2, kv_heads=1, head_dim=40)
@@ -289,7 +289,8 @@ def test_lists_hold_every_pair_once(masked):
     capacity = case.batch * case.heads * case.num_tokens * (geometry.num_boxes + 1)
     masks = mask_or_empty(tensors).to(DEVICE)
     lists = attend_lists.build(
-        Work(torch.device(DEVICE)), words.to(DEVICE), masks, geometry, capacity=capacity, chunk_pairs=1, ring=2
+        Work(torch.device(DEVICE)), words.to(DEVICE), masks, geometry, capacity=capacity, chunk_pairs=1, ring=2,
+        tile=attend_lists.TILE,
     )
     tiles, _, overflow, _ = lists.totals.tolist()
     assert not overflow

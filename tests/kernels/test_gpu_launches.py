@@ -65,8 +65,8 @@ def test_other_inputs(case, implementation, plans):
 def test_samples_one_at_a_time(implementation, plans, monkeypatch):
     from vmoba_compile.kernels import attend
 
-    monkeypatch.setattr(attend, "SCRATCH_FLOOR", 0)
-    monkeypatch.setattr(attend, "SCRATCH_SHARE", 0.01)
+    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
+    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
     case = CASE.but(batch=3, masked="tokens")
     for seed in range(3):
         tensors = inputs(case.but(seed=seed))

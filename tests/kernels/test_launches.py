@@ -341,7 +341,7 @@ def test_samples_and_sections(plans):
         work.launch(step, (1,), y, y, before, 4, 0.0)
         for i in range(3):
             some = slice(i, i + 1)
-            mine, others = work.samples(x, some), work.samples(y[:0], some)
+            mine, others = work.part(x, some), work.part(y[:0], some)
             with work.section():
                 partial = work.empty(4, dtype=torch.float32)
                 counters = work.zeros(4, dtype=torch.int32)
@@ -367,7 +367,7 @@ def test_inputs_that_overlap_are_not_replayed(plans):
 
     def compute(work: Work) -> torch.Tensor:
         out = work.output(4, dtype=torch.float32)
-        work.launch(kernel, (1,), work.samples(x, slice(1, 2)), y, out, 4, 1.0)
+        work.launch(kernel, (1,), work.part(x, slice(1, 2)), y, out, 4, 1.0)
         return out
 
     assert all(torch.equal(out, 2 * memory[1]) for out in not_replayed(plans, compute, x, y))
