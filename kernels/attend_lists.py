@@ -100,13 +100,29 @@ def list_keys(
 
 
 @triton.jit
-def selected_bits(WORDS, span, row, w, n, is_video, inside, words, num_boxes):
-    """Which of 32 boxes a group of queries attends to, int32 0 or 1 [GROUP, 32]; never a box without keys."""
+def selected_word(WORDS, span, row, w, n, is_video, inside, words, num_boxes):
+    """Which of 32 boxes a group of queries attends to, the bits of an int32 [GROUP]; never a box without keys."""
     bit = tl.arange(0, 32)
     c = w * 32 + bit
     word = tl.load(WORDS + (row + n) * words + w, mask=is_video, other=-1)  # a condition query attends to every box
     filled = tl.load(span + 2 * c + 1, mask=c < num_boxes, other=0) > 0
-    return ((word[:, None] >> bit[None, :]) & 1) * (inside[:, None] & filled[None, :]).to(tl.int32)
+    return tl.where(inside, word, 0) & tl.sum(filled.to(tl.int32) << bit, 0)
+
+
+@triton.jit
+def pairs_of_boxes(word):
+    """Boxes b and b + 16 of a word in the halves of an int32 [GROUP, 16], to count both in one sum."""
+    return (word[:, None] >> tl.arange(0, 16)[None, :]) & 0x10001
+
+
+@triton.jit
+def number_of_bits(word):
+    """Bits set in an int32. The compiler knows this sequence and makes one instruction of it."""
+    bits = word.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 _COUNTS = ["num_video", "prefix", "tokens", "num_boxes", "boxes", "heads", "groups", "span_stride"]
@@ -128,10 +144,12 @@ def count_pairs(
     per_query = tl.zeros([GROUP], tl.int32)
     count = COUNT + head * (boxes + 1) * groups + group
     for w in range(words):
-        on = selected_bits(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)  # [GROUP, 32]
-        c = w * 32 + tl.arange(0, 32)
-        tl.store(count + c * groups, tl.sum(on, 0), mask=c < num_boxes)
-        per_query += tl.sum(on, 1)
+        word = selected_word(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)
+        both = tl.sum(pairs_of_boxes(word), 0)  # [16]
+        for half in tl.static_range(2):
+            c = w * 32 + half * 16 + tl.arange(0, 16)
+            tl.store(count + c * groups, (both >> (16 * half)) & 0xFFFF, mask=c < num_boxes)
+        per_query += number_of_bits(word)
     if boxes > num_boxes:
         has_condition = inside & (tl.load(span + 2 * num_boxes + 1) > 0)
         tl.store(count + num_boxes * groups, tl.sum(has_condition.to(tl.int32)))
@@ -271,38 +289,46 @@ def list_tiles(
                 tl.store(info + 6, full + c, mask=inside)
 
 
-_SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots", "capacity"]
+_SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots"]
 
 
 @triton.jit(do_not_specialize=_SCATTER)
 def scatter_entries(
-    WORDS, SPAN, COUNT, START, FIRST_CHUNK, PLACE, ENTRIES,
-    num_video, prefix, tokens, num_boxes, boxes, heads, groups, span_stride, chunk_pairs, ring, ring_slots, capacity,
+    WORDS, SPAN, COUNT, START, FIRST_CHUNK, PLACE, TOTALS, ENTRIES,
+    num_video, prefix, tokens, num_boxes, boxes, heads, groups, span_stride, chunk_pairs, ring, ring_slots,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's list entries, and turn each query's place in the group into its place in the buffer."""
+    """Write a group's list entries, and turn each query's place in the group into its place in the buffer.
+
+    Neighbouring lanes hold neighbouring queries of one box, and so write to neighbouring addresses.
+    """
     group, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s = group * GROUP + tl.arange(0, GROUP)
     n = s - prefix
     inside = s < tokens
+    listed = inside & (tl.load(TOTALS + 2) == 0)  # else there is no room for all, and nothing is attended
     is_video = inside & (n >= 0) & (n < num_video)
     span = SPAN + (head // heads) * span_stride
     words = (num_boxes + 31) // 32
-    rank = tl.zeros([GROUP], tl.int32)
+    entry = s << _RANK_BITS
     count = COUNT + head * (boxes + 1) * groups + group
     for w in range(words):
-        on = selected_bits(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)  # [GROUP, 32]
-        c = w * 32 + tl.arange(0, 32)
-        start = tl.load(START + head * boxes + c, mask=c < num_boxes, other=0)
-        start += tl.load(count + c * groups, mask=c < num_boxes, other=0)
-        at = start[None, :] + tl.cumsum(on, 0) - on
-        entry = (s[:, None] << _RANK_BITS) | (rank[:, None] + tl.cumsum(on, 1) - on)
-        tl.store(ENTRIES + at, entry, mask=(on > 0) & (at < capacity))
-        rank += tl.sum(on, 1)
+        word = selected_word(WORDS, span, head * num_video, w, n, is_video, listed, words, num_boxes)
+        for nibble in tl.static_range(8):
+            if w * 32 + nibble * 4 < num_boxes:
+                # Four boxes in the bytes of an integer; so many queries of the group, up to 255, selected them before.
+                four = (((word >> (4 * nibble)) & 15) * 0x204081) & 0x01010101
+                before = tl.cumsum(four, 0) - four
+                for i in tl.static_range(4):
+                    c = tl.minimum(w * 32 + nibble * 4 + i, num_boxes - 1)
+                    start = tl.load(START + head * boxes + c).to(tl.int32) + tl.load(count + c * groups)
+                    on = (four & (1 << (8 * i))) != 0
+                    tl.store(ENTRIES + start + ((before >> (8 * i)) & 0xFF), entry, mask=on)
+                    entry = tl.where(on, entry + 1, entry)
     if boxes > num_boxes:
-        on = (inside & (tl.load(span + 2 * num_boxes + 1) > 0)).to(tl.int32)
+        on = (listed & (tl.load(span + 2 * num_boxes + 1) > 0)).to(tl.int32)
         at = tl.load(START + head * boxes + num_boxes) + tl.load(count + num_boxes * groups) + tl.cumsum(on, 0) - on
-        tl.store(ENTRIES + at, (s << _RANK_BITS) | rank, mask=(on > 0) & (at < capacity))
+        tl.store(ENTRIES + at, entry, mask=on > 0)
     before = tl.load(count + boxes * groups)  # pairs of the head before this group
     chunk = before // chunk_pairs
     base = ((tl.load(FIRST_CHUNK + head) + chunk) % ring) * ring_slots + before - chunk * chunk_pairs
@@ -355,7 +381,7 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
     launch(
-        scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, entries,
-        *counts, chunk_pairs, ring, slots, capacity, GROUP=GROUP, num_warps=4,
+        scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
+        *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=2,
     )  # fmt: skip
     return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots)
