@@ -26,7 +26,8 @@ from .partition import Geometry
 from .triton_tools import box_shape, box_start, launch, token_in_box
 
 TILE = 128  # queries per tile
-GROUP = 256  # queries that always share a chunk
+GROUP = 256  # queries that always share a chunk; at most 256, see scatter_entries
+SCATTER_WARPS = 2  # of a group: the fewer, the more queries share what is read for each box
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
 TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, unused
 CHUNK_FIELDS = 8  # head, first and last query, first and last tile, unused
@@ -226,67 +227,74 @@ def list_tiles(
     TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of one box in one chunk; the program of box 0 also describes the chunk."""
-    program, c = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(CUT + program * 4), tl.load(CUT + program * 4 + 1)
-    own = tl.load(CUT + program * 4 + 2)
-    head = (program // per_head).to(tl.int64)
-    fits = tl.load(TOTALS + 2) == 0
-    if not fits:  # no tiles, no chunks: nothing is attended, and the merge answers NaN
-        last = first
-    if (last > first) | (c == 0):
-        tile, chunk, all_tiles, all_chunks = 0, 0, 0, 0
-        for p0 in range(0, num_heads * per_head, BLOCK):
-            p = p0 + tl.arange(0, BLOCK)
-            inside = p < num_heads * per_head
-            tiles = tl.load(CUT + p * 4 + 2, mask=inside, other=0)
-            used = tl.load(CUT + p * 4 + 1, mask=inside, other=0) > tl.load(CUT + p * 4, mask=inside, other=0)
-            tile += tl.sum(tl.where(p < program, tiles, 0))
-            chunk += tl.sum((used & (p < program)).to(tl.int32))
-            all_tiles += tl.sum(tiles)
-            all_chunks += tl.sum(used.to(tl.int32))
+    chunk, c = tl.program_id(0), tl.program_id(1)
+    fits = tl.load(TOTALS + 2) == 0  # else no tiles, no chunks: nothing is attended, and the merge answers NaN
+    # The chunk is that many used places of the cut on.
+    tile, own, place, first, last, all_tiles, all_chunks = 0, 0, 0, 0, 0, 0, 0
+    for p0 in range(0, num_heads * per_head, BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        inside = p < num_heads * per_head
+        a = tl.load(CUT + p * 4, mask=inside, other=0)
+        b = tl.load(CUT + p * 4 + 1, mask=inside, other=0)
+        tiles = tl.load(CUT + p * 4 + 2, mask=inside, other=0)
+        used = (b > a).to(tl.int32)
+        index = all_chunks + tl.cumsum(used, 0) - used
+        here = (index == chunk) & (b > a)
+        place += tl.sum(tl.where(here, p, 0))
+        first += tl.sum(tl.where(here, a, 0))
+        last += tl.sum(tl.where(here, b, 0))
+        own += tl.sum(tl.where(here, tiles, 0))
+        tile += tl.sum(tl.where(index < chunk, tiles, 0))
+        all_tiles += tl.sum(tiles)
+        all_chunks += tl.sum(used)
+    if (chunk == 0) & (c == 0):
+        tl.store(TOTALS, tl.where(fits, all_tiles, 0))
+        tl.store(TOTALS + 1, tl.where(fits, all_chunks, 0))
+        tl.store(FIRST_CHUNK + num_heads, tl.where(fits, all_chunks, 0))
+        if not fits:
+            for h0 in range(0, num_heads, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                tl.store(FIRST_CHUNK + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
+                tl.store(DONE + 2 * max_chunks + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
+    if fits & (chunk < all_chunks):
+        head = (place // per_head).to(tl.int64)
         if c == 0:
-            if program % per_head == 0:
+            if place % per_head == 0:  # every head has its first
                 tl.store(DONE + 2 * max_chunks + head, 0)
-                tl.store(FIRST_CHUNK + head, tl.where(fits, chunk, 0))
-            if last > first:
-                info = CHUNKS + chunk * _CHUNK_FIELDS
-                tl.store(info, head.to(tl.int32))
-                tl.store(info + 1, first * GROUP)
-                tl.store(info + 2, tl.minimum(last * GROUP, tokens))
-                tl.store(info + 3, tile)
-                tl.store(info + 4, tile + own)
-                tl.store(DONE + chunk, 0)
-                tl.store(DONE + max_chunks + chunk, 0)
-            if program == 0:
-                tl.store(TOTALS, tl.where(fits, all_tiles, 0))
-                tl.store(TOTALS + 1, tl.where(fits, all_chunks, 0))
-                tl.store(FIRST_CHUNK + num_heads, tl.where(fits, all_chunks, 0))
-        if last > first:
-            for c0 in range(0, c, BLOCK):
-                o = c0 + tl.arange(0, BLOCK)
-                a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + o, groups, first, last, o < c)
-                tile += tl.sum((b - a + TILE - 1) // TILE)
-            row = head * (boxes + 1) + c
-            a = tl.load(COUNT + row * groups + first)
-            b = tl.load(TOTAL + row)
-            if last < groups:
-                b = tl.load(COUNT + row * groups + last)
-            start = tl.load(START + head * boxes + c).to(tl.int32)
-            sample = (head // heads) * masked
-            span = SPAN + (sample * boxes + c) * 2
-            key, size = tl.load(span), tl.load(span + 1)
-            full = tl.zeros([BLOCK], tl.int32)
-            for i0 in range(0, b - a, BLOCK * TILE):
-                i = i0 + tl.arange(0, BLOCK) * TILE
-                info = TILES + (tile + i // TILE) * _TILE_FIELDS
-                inside = i < b - a
-                tl.store(info, full + head.to(tl.int32), mask=inside)
-                tl.store(info + 1, start + a + i, mask=inside)
-                tl.store(info + 2, full + start + b, mask=inside)
-                tl.store(info + 3, full + key, mask=inside)
-                tl.store(info + 4, full + size, mask=inside)
-                tl.store(info + 5, full + chunk, mask=inside)
-                tl.store(info + 6, full + c, mask=inside)
+                tl.store(FIRST_CHUNK + head, chunk)
+            info = CHUNKS + chunk * _CHUNK_FIELDS
+            tl.store(info, head.to(tl.int32))
+            tl.store(info + 1, first * GROUP)
+            tl.store(info + 2, tl.minimum(last * GROUP, tokens))
+            tl.store(info + 3, tile)
+            tl.store(info + 4, tile + own)
+            tl.store(DONE + chunk, 0)
+            tl.store(DONE + max_chunks + chunk, 0)
+        for c0 in range(0, c, BLOCK):
+            o = c0 + tl.arange(0, BLOCK)
+            a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + o, groups, first, last, o < c)
+            tile += tl.sum((b - a + TILE - 1) // TILE)
+        row = head * (boxes + 1) + c
+        a = tl.load(COUNT + row * groups + first)
+        b = tl.load(TOTAL + row)
+        if last < groups:
+            b = tl.load(COUNT + row * groups + last)
+        start = tl.load(START + head * boxes + c).to(tl.int32)
+        sample = (head // heads) * masked
+        span = SPAN + (sample * boxes + c) * 2
+        key, size = tl.load(span), tl.load(span + 1)
+        full = tl.zeros([BLOCK], tl.int32)
+        for i0 in range(0, b - a, BLOCK * TILE):
+            i = i0 + tl.arange(0, BLOCK) * TILE
+            info = TILES + (tile + i // TILE) * _TILE_FIELDS
+            inside = i < b - a
+            tl.store(info, full + head.to(tl.int32), mask=inside)
+            tl.store(info + 1, start + a + i, mask=inside)
+            tl.store(info + 2, full + start + b, mask=inside)
+            tl.store(info + 3, full + key, mask=inside)
+            tl.store(info + 4, full + size, mask=inside)
+            tl.store(info + 5, full + chunk, mask=inside)
+            tl.store(info + 6, full + c, mask=inside)
 
 
 _SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots"]
@@ -374,14 +382,14 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
     launch(
-        list_tiles, (num_heads * per_head, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
+        list_tiles, (max_chunks, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
-        TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=2,
+        TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
     launch(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
-        *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=2,
+        *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=SCATTER_WARPS,
     )  # fmt: skip
     return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots)
