@@ -28,7 +28,8 @@ from .partition import Geometry
 from .triton_tools import box_shape, box_start, token_in_box
 
 TILE = 128  # queries per tile, unless the launcher wants another number
-GROUP = 256  # queries that always share a chunk
+GROUP = 256  # queries that always share a chunk; at most 256, see scatter_entries
+SCATTER_WARPS = 2  # of a group: the fewer, the more queries share what is read for each box
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
 TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, sample
 CHUNK_FIELDS = 8  # head, first and last query, first and last tile, unused
@@ -102,13 +103,29 @@ def list_keys(
 
 
 @triton.jit
-def selected_bits(WORDS, span, row, w, n, is_video, inside, words, num_boxes):
-    """Which of 32 boxes a group of queries attends to, int32 0 or 1 [GROUP, 32]; never a box without keys."""
+def selected_word(WORDS, span, row, w, n, is_video, inside, words, num_boxes):
+    """Which of 32 boxes a group of queries attends to, the bits of an int32 [GROUP]; never a box without keys."""
     bit = tl.arange(0, 32)
     c = w * 32 + bit
     word = tl.load(WORDS + (row + n) * words + w, mask=is_video, other=-1)  # a condition query attends to every box
     filled = tl.load(span + 2 * c + 1, mask=c < num_boxes, other=0) > 0
-    return ((word[:, None] >> bit[None, :]) & 1) * (inside[:, None] & filled[None, :]).to(tl.int32)
+    return tl.where(inside, word, 0) & tl.sum(filled.to(tl.int32) << bit, 0)
+
+
+@triton.jit
+def pairs_of_boxes(word):
+    """Boxes b and b + 16 of a word in the halves of an int32 [GROUP, 16], to count both in one sum."""
+    return (word[:, None] >> tl.arange(0, 16)[None, :]) & 0x10001
+
+
+@triton.jit
+def number_of_bits(word):
+    """Bits set in an int32. The compiler knows this sequence and makes one instruction of it."""
+    bits = word.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 _COUNTS = ["num_video", "prefix", "tokens", "num_boxes", "boxes", "heads", "groups", "span_stride"]
@@ -130,10 +147,12 @@ def count_pairs(
     per_query = tl.zeros([GROUP], tl.int32)
     count = COUNT + head * (boxes + 1) * groups + group
     for w in range(words):
-        on = selected_bits(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)  # [GROUP, 32]
-        c = w * 32 + tl.arange(0, 32)
-        tl.store(count + c * groups, tl.sum(on, 0), mask=c < num_boxes)
-        per_query += tl.sum(on, 1)
+        word = selected_word(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)
+        both = tl.sum(pairs_of_boxes(word), 0)  # [16]
+        for half in tl.static_range(2):
+            c = w * 32 + half * 16 + tl.arange(0, 16)
+            tl.store(count + c * groups, (both >> (16 * half)) & 0xFFFF, mask=c < num_boxes)
+        per_query += number_of_bits(word)
     if boxes > num_boxes:
         has_condition = inside & (tl.load(span + 2 * num_boxes + 1) > 0)
         tl.store(count + num_boxes * groups, tl.sum(has_condition.to(tl.int32)))
@@ -210,102 +229,117 @@ def list_tiles(
     TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of one box in one chunk; the program of box 0 also describes the chunk."""
-    program, c = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(CUT + program * 4), tl.load(CUT + program * 4 + 1)
-    own = tl.load(CUT + program * 4 + 2)
-    head = (program // per_head).to(tl.int64)
-    fits = tl.load(TOTALS + 2) == 0
-    if not fits:  # no tiles, no chunks: nothing is attended, and the merge answers NaN
-        last = first
-    if (last > first) | (c == 0):
-        tile, chunk, all_tiles, all_chunks = 0, 0, 0, 0
-        for p0 in range(0, num_heads * per_head, BLOCK):
-            p = p0 + tl.arange(0, BLOCK)
-            inside = p < num_heads * per_head
-            tiles = tl.load(CUT + p * 4 + 2, mask=inside, other=0)
-            used = tl.load(CUT + p * 4 + 1, mask=inside, other=0) > tl.load(CUT + p * 4, mask=inside, other=0)
-            tile += tl.sum(tl.where(p < program, tiles, 0))
-            chunk += tl.sum((used & (p < program)).to(tl.int32))
-            all_tiles += tl.sum(tiles)
-            all_chunks += tl.sum(used.to(tl.int32))
+    chunk, c = tl.program_id(0), tl.program_id(1)
+    fits = tl.load(TOTALS + 2) == 0  # else no tiles, no chunks: nothing is attended, and the merge answers NaN
+    # The chunk is that many used places of the cut on.
+    tile, own, place, first, last, all_tiles, all_chunks = 0, 0, 0, 0, 0, 0, 0
+    for p0 in range(0, num_heads * per_head, BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        inside = p < num_heads * per_head
+        a = tl.load(CUT + p * 4, mask=inside, other=0)
+        b = tl.load(CUT + p * 4 + 1, mask=inside, other=0)
+        tiles = tl.load(CUT + p * 4 + 2, mask=inside, other=0)
+        used = (b > a).to(tl.int32)
+        index = all_chunks + tl.cumsum(used, 0) - used
+        here = (index == chunk) & (b > a)
+        place += tl.sum(tl.where(here, p, 0))
+        first += tl.sum(tl.where(here, a, 0))
+        last += tl.sum(tl.where(here, b, 0))
+        own += tl.sum(tl.where(here, tiles, 0))
+        tile += tl.sum(tl.where(index < chunk, tiles, 0))
+        all_tiles += tl.sum(tiles)
+        all_chunks += tl.sum(used)
+    if (chunk == 0) & (c == 0):
+        tl.store(TOTALS, tl.where(fits, all_tiles, 0))
+        tl.store(TOTALS + 1, tl.where(fits, all_chunks, 0))
+        tl.store(FIRST_CHUNK + num_heads, tl.where(fits, all_chunks, 0))
+        if not fits:
+            for h0 in range(0, num_heads, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                tl.store(FIRST_CHUNK + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
+                tl.store(DONE + 2 * max_chunks + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
+    if fits & (chunk < all_chunks):
+        head = (place // per_head).to(tl.int64)
         if c == 0:
-            if program % per_head == 0:
+            if place % per_head == 0:  # every head has its first
                 tl.store(DONE + 2 * max_chunks + head, 0)
-                tl.store(FIRST_CHUNK + head, tl.where(fits, chunk, 0))
-            if last > first:
-                info = CHUNKS + chunk * _CHUNK_FIELDS
-                tl.store(info, head.to(tl.int32))
-                tl.store(info + 1, first * GROUP)
-                tl.store(info + 2, tl.minimum(last * GROUP, tokens))
-                tl.store(info + 3, tile)
-                tl.store(info + 4, tile + own)
-                tl.store(DONE + chunk, 0)
-                tl.store(DONE + max_chunks + chunk, 0)
-            if program == 0:
-                tl.store(TOTALS, tl.where(fits, all_tiles, 0))
-                tl.store(TOTALS + 1, tl.where(fits, all_chunks, 0))
-                tl.store(FIRST_CHUNK + num_heads, tl.where(fits, all_chunks, 0))
-        if last > first:
-            for c0 in range(0, c, BLOCK):
-                o = c0 + tl.arange(0, BLOCK)
-                a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + o, groups, first, last, o < c)
-                tile += tl.sum((b - a + TILE - 1) // TILE)
-            row = head * (boxes + 1) + c
-            a = tl.load(COUNT + row * groups + first)
-            b = tl.load(TOTAL + row)
-            if last < groups:
-                b = tl.load(COUNT + row * groups + last)
-            start = tl.load(START + head * boxes + c).to(tl.int32)
-            sample = (head // heads) * masked
-            span = SPAN + (sample * boxes + c) * 2
-            key, size = tl.load(span), tl.load(span + 1)
-            full = tl.zeros([BLOCK], tl.int32)
-            for i0 in range(0, b - a, BLOCK * TILE):
-                i = i0 + tl.arange(0, BLOCK) * TILE
-                info = TILES + (tile + i // TILE) * _TILE_FIELDS
-                inside = i < b - a
-                tl.store(info, full + head.to(tl.int32), mask=inside)
-                tl.store(info + 1, start + a + i, mask=inside)
-                tl.store(info + 2, full + start + b, mask=inside)
-                tl.store(info + 3, full + key, mask=inside)
-                tl.store(info + 4, full + size, mask=inside)
-                tl.store(info + 5, full + chunk, mask=inside)
-                tl.store(info + 6, full + c, mask=inside)
-                tl.store(info + 7, full + (head // heads).to(tl.int32), mask=inside)
+                tl.store(FIRST_CHUNK + head, chunk)
+            info = CHUNKS + chunk * _CHUNK_FIELDS
+            tl.store(info, head.to(tl.int32))
+            tl.store(info + 1, first * GROUP)
+            tl.store(info + 2, tl.minimum(last * GROUP, tokens))
+            tl.store(info + 3, tile)
+            tl.store(info + 4, tile + own)
+            tl.store(DONE + chunk, 0)
+            tl.store(DONE + max_chunks + chunk, 0)
+        for c0 in range(0, c, BLOCK):
+            o = c0 + tl.arange(0, BLOCK)
+            a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + o, groups, first, last, o < c)
+            tile += tl.sum((b - a + TILE - 1) // TILE)
+        row = head * (boxes + 1) + c
+        a = tl.load(COUNT + row * groups + first)
+        b = tl.load(TOTAL + row)
+        if last < groups:
+            b = tl.load(COUNT + row * groups + last)
+        start = tl.load(START + head * boxes + c).to(tl.int32)
+        sample = (head // heads) * masked
+        span = SPAN + (sample * boxes + c) * 2
+        key, size = tl.load(span), tl.load(span + 1)
+        full = tl.zeros([BLOCK], tl.int32)
+        for i0 in range(0, b - a, BLOCK * TILE):
+            i = i0 + tl.arange(0, BLOCK) * TILE
+            info = TILES + (tile + i // TILE) * _TILE_FIELDS
+            inside = i < b - a
+            tl.store(info, full + head.to(tl.int32), mask=inside)
+            tl.store(info + 1, start + a + i, mask=inside)
+            tl.store(info + 2, full + start + b, mask=inside)
+            tl.store(info + 3, full + key, mask=inside)
+            tl.store(info + 4, full + size, mask=inside)
+            tl.store(info + 5, full + chunk, mask=inside)
+            tl.store(info + 6, full + c, mask=inside)
+            tl.store(info + 7, full + (head // heads).to(tl.int32), mask=inside)
 
 
-_SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots", "capacity"]
+_SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots"]
 
 
 @triton.jit(do_not_specialize=_SCATTER)
 def scatter_entries(
-    WORDS, SPAN, COUNT, START, FIRST_CHUNK, PLACE, ENTRIES,
-    num_video, prefix, tokens, num_boxes, boxes, heads, groups, span_stride, chunk_pairs, ring, ring_slots, capacity,
+    WORDS, SPAN, COUNT, START, FIRST_CHUNK, PLACE, TOTALS, ENTRIES,
+    num_video, prefix, tokens, num_boxes, boxes, heads, groups, span_stride, chunk_pairs, ring, ring_slots,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's list entries, and turn each query's place in the group into its place in the buffer."""
+    """Write a group's list entries, and turn each query's place in the group into its place in the buffer.
+
+    Neighbouring lanes hold neighbouring queries of one box, and so write to neighbouring addresses.
+    """
     group, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s = group * GROUP + tl.arange(0, GROUP)
     n = s - prefix
     inside = s < tokens
+    listed = inside & (tl.load(TOTALS + 2) == 0)  # else there is no room for all, and nothing is attended
     is_video = inside & (n >= 0) & (n < num_video)
     span = SPAN + (head // heads) * span_stride
     words = (num_boxes + 31) // 32
-    rank = tl.zeros([GROUP], tl.int32)
+    entry = s << _RANK_BITS
     count = COUNT + head * (boxes + 1) * groups + group
     for w in range(words):
-        on = selected_bits(WORDS, span, head * num_video, w, n, is_video, inside, words, num_boxes)  # [GROUP, 32]
-        c = w * 32 + tl.arange(0, 32)
-        start = tl.load(START + head * boxes + c, mask=c < num_boxes, other=0)
-        start += tl.load(count + c * groups, mask=c < num_boxes, other=0)
-        at = start[None, :] + tl.cumsum(on, 0) - on
-        entry = (s[:, None] << _RANK_BITS) | (rank[:, None] + tl.cumsum(on, 1) - on)
-        tl.store(ENTRIES + at, entry, mask=(on > 0) & (at < capacity))
-        rank += tl.sum(on, 1)
+        word = selected_word(WORDS, span, head * num_video, w, n, is_video, listed, words, num_boxes)
+        for nibble in tl.static_range(8):
+            if w * 32 + nibble * 4 < num_boxes:
+                # Four boxes in the bytes of an integer; so many queries of the group, up to 255, selected them before.
+                four = (((word >> (4 * nibble)) & 15) * 0x204081) & 0x01010101
+                before = tl.cumsum(four, 0) - four
+                for i in tl.static_range(4):
+                    c = tl.minimum(w * 32 + nibble * 4 + i, num_boxes - 1)
+                    start = tl.load(START + head * boxes + c).to(tl.int32) + tl.load(count + c * groups)
+                    on = (four & (1 << (8 * i))) != 0
+                    tl.store(ENTRIES + start + ((before >> (8 * i)) & 0xFF), entry, mask=on)
+                    entry = tl.where(on, entry + 1, entry)
     if boxes > num_boxes:
-        on = (inside & (tl.load(span + 2 * num_boxes + 1) > 0)).to(tl.int32)
+        on = (listed & (tl.load(span + 2 * num_boxes + 1) > 0)).to(tl.int32)
         at = tl.load(START + head * boxes + num_boxes) + tl.load(count + num_boxes * groups) + tl.cumsum(on, 0) - on
-        tl.store(ENTRIES + at, (s << _RANK_BITS) | rank, mask=(on > 0) & (at < capacity))
+        tl.store(ENTRIES + at, entry, mask=on > 0)
     before = tl.load(count + boxes * groups)  # pairs of the head before this group
     chunk = before // chunk_pairs
     base = ((tl.load(FIRST_CHUNK + head) + chunk) % ring) * ring_slots + before - chunk * chunk_pairs
@@ -354,14 +388,14 @@ def build(
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
     work.launch(
-        list_tiles, (num_heads * per_head, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
+        list_tiles, (max_chunks, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
-        TILE=tile, GROUP=GROUP, BLOCK=256, num_warps=2,
+        TILE=tile, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
     work.launch(
-        scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, entries,
-        *counts, chunk_pairs, ring, slots, capacity, GROUP=GROUP, num_warps=4,
+        scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
+        *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=SCATTER_WARPS,
     )  # fmt: skip
     return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots)

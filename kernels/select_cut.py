@@ -5,8 +5,10 @@ With ``low`` and ``high`` the range of the pool and ``w = (gate - low) / (high -
 largest first, must reach ``target = need * total``. For top-k an entry weighs 1 and the target is their number. Where
 the range is nil every entry weighs 1 too, and all are ties.
 
-One program works on one pool. The histogram of 65,536 bins is 512 KB, read once in ``CHUNK`` bins (8 KB a warp and
-step, enough loads in flight); only the chunk that holds the cut-off is scanned. Source: arXiv 2506.23858, section 3.4.
+One program works on one pool. The histogram of 65,536 bins is 512 KB. It is added up in 512 chunks side by side, as
+integers, so that nothing waits for a sum before the next bins are read; then the chunk that holds the cut-off is
+scanned. A chunk never spans two exponents (the widest bracket has a sign and eight bits of exponent for 512 chunks),
+so within it the float is linear in the key. Source: arXiv 2506.23858, section 3.4.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ RANGE_FLOOR = tl.constexpr(1e-6)  # as in the reference
 SUM_FLOOR = tl.constexpr(1e-6)
 MARGIN = tl.constexpr(0.03)  # of the sample's weight, on both sides of the estimated cut-off
 NO_KEY = tl.constexpr(4294967295)
+CHUNKS = tl.constexpr(512)  # of a histogram
 
 SIZES = [
     "amount", "num_video", "heads", "padded", "pools_per_sample", "per_sample", "per_pool", "stride", "count",
@@ -62,11 +65,12 @@ def _put(ints, status, first, last, shift):
 
 @triton.jit
 def _seek(ints, first, last, BINS: tl.constexpr):
-    """Set the bracket: the narrowest aligned bins of which ``BINS`` cover the keys ``first`` to ``last``."""
+    """Set the bracket: the narrowest bins of which ``BINS`` cover the keys ``first`` to ``last``, in aligned chunks."""
     shifts = tl.arange(0, 32).to(tl.int64)
-    covered = (last >> shifts) - (first >> shifts) < BINS
+    aligned: tl.constexpr = -(BINS // CHUNKS)
+    covered = (last >> shifts) - ((first >> shifts) & aligned) < BINS
     shift = tl.min(tl.where(covered, shifts, 31), 0)
-    start = (first >> shift) << shift
+    start = ((first >> shift) & aligned) << shift
     _put(ints, SEEK, start, tl.minimum(start + (tl.full([], BINS, tl.int64) << shift) - 1, NO_KEY), shift)
 
 
@@ -162,7 +166,7 @@ def find_bracket(
             counts += tl.load(coarse + (pool.to(tl.int64) * replicas + replica) * COARSE_BINS + bins)
         weights = counts.to(tl.float64)
         if not TOPK:
-            centre = key_value((bins.to(tl.int64) << COARSE_SHIFT) + (1 << 18))
+            centre = key_value((bins.to(tl.int64) << COARSE_SHIFT) + (1 << 18)).to(tl.float64)
             weights = tl.where(counts > 0, weights * tl.maximum(centre - lowest, 0.0), 0.0)
         reached = tl.cumsum(weights, 0)
         sampled = tl.sum(weights, 0)
@@ -178,21 +182,41 @@ def find_bracket(
 
 
 @triton.jit
-def _bins(fine, bins, first, shift, low, sum_bits, drop_bits, TOPK: tl.constexpr):
-    """Number and weight of the entries of some bins."""
-    packed = tl.load(fine + bins)
-    count = packed >> sum_bits
+def _weights(count, offsets, first, linear, low, TOPK: tl.constexpr):
+    """Weight of ``count`` entries from the key ``first`` upwards; ``offsets``: sum of their distances, if not nil."""
     if TOPK:
         weight = count.to(tl.float64)
     else:
-        drop = tl.maximum(shift - drop_bits, 0)
-        offsets = (packed - (count << sum_bits)).to(tl.float64) * (tl.full([], 1, tl.int64) << drop).to(tl.float64)
-        offsets += count.to(tl.float64) * 0.5 * ((tl.full([], 1, tl.int64) << drop) - 1).to(tl.float64)
-        key = first + (bins.to(tl.int64) << shift)
-        start = key_value(key)
-        step = tl.where(shift > 0, key_value(key + 1) - start, 0.0)
-        weight = tl.where(count > 0, count.to(tl.float64) * (start - low) + offsets * step, 0.0)
-    return count, weight
+        start = key_value(first)
+        step = tl.where(linear, key_value(first + 1) - start, 0.0).to(tl.float64)
+        weight = tl.where(count > 0, count.to(tl.float64) * (start.to(tl.float64) - low) + offsets * step, 0.0)
+    return weight
+
+
+@triton.jit
+def _offsets(packed, count, shift, sum_bits, drop_bits):
+    """Sum of the offsets in a bin or in several, the dropped bits at their mean."""
+    dropped = (tl.full([], 1, tl.int64) << tl.maximum(shift - drop_bits, 0)).to(tl.float64)
+    return (packed - (count << sum_bits)).to(tl.float64) * dropped + count.to(tl.float64) * 0.5 * (dropped - 1)
+
+
+@triton.jit
+def _chunks(fine, from_bin, shift, sum_bits, drop_bits, LENGTH: tl.constexpr):
+    """Number of entries in every chunk, and the sum of their distances from its start, [CHUNKS].
+
+    Bins are added as they are: their fields hold all entries of a pool.
+    """
+    PART: tl.constexpr = LENGTH if LENGTH < 16 else 16  # bins of a chunk that are read at a time
+    column = tl.arange(0, PART)
+    packed = tl.zeros([CHUNKS, PART], tl.int64)
+    steps = tl.zeros([CHUNKS, PART], tl.int64)  # an entry counts once for every PART bins below it in the chunk
+    for i in range(0, LENGTH, PART):
+        steps += packed >> sum_bits
+        packed += tl.load(fine + from_bin[:, None] + (column + (LENGTH - PART - i))[None, :])
+    count = packed >> sum_bits
+    distance = tl.sum(steps * PART + count * column[None, :], 1) << shift
+    number = tl.sum(count, 1)
+    return number, distance.to(tl.float64) + _offsets(tl.sum(packed, 1), number, shift, sum_bits, drop_bits)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -227,24 +251,21 @@ def find_cut(
         if not TOPK:
             above_weight = tl.sum(sums, 0)
 
-        # Running number and weight from the top. ``chosen`` is the first chunk to reach the target, else the last
-        # that is not empty; ``before`` is the weight above it.
-        running, weight = above, above_weight
-        chosen = tl.full([], 0, tl.int32)
-        before = above_weight
-        found = tl.full([], 0, tl.int32)
-        for i in range(0, BINS // CHUNK):
-            chunk = BINS // CHUNK - 1 - i
-            number, part = _bins(
-                fine, chunk * CHUNK + tl.arange(0, CHUNK), first, shift, low, sum_bits, drop_bits, TOPK
-            )
-            some = tl.sum(number, 0) > 0
-            here = some & (found == 0)
-            chosen = tl.where(here, chunk, chosen)
-            before = tl.where(here, weight, before)
-            running += tl.sum(number, 0).to(tl.float64)
-            weight += tl.sum(part, 0)
-            found = tl.where(here & (weight >= target), 1, found)
+        LENGTH: tl.constexpr = BINS // CHUNKS
+        place = tl.arange(0, CHUNKS)
+        from_bin = (CHUNKS - 1 - place) * LENGTH  # from the top
+        number, offsets = _chunks(fine, from_bin, shift, sum_bits, drop_bits, LENGTH)
+        chunk_key = first + (from_bin.to(tl.int64) << shift)
+        chunk_weight = _weights(number, offsets, chunk_key, (shift > 0) | (LENGTH > 1), low, TOPK)
+        running = above + tl.sum(number, 0).to(tl.float64)
+        # The first chunk to reach the target, else the last that is not empty; ``before`` is the weight above it.
+        enough = (number > 0) & (above_weight + tl.cumsum(chunk_weight, 0) >= target)
+        found = tl.max(enough.to(tl.int32), 0)
+        chosen = tl.min(tl.where(enough, place, CHUNKS), 0)
+        if found == 0:
+            chosen = tl.max(tl.where(number > 0, place, 0), 0)
+        before = above_weight + tl.sum(tl.where(place < chosen, chunk_weight, 0.0), 0)
+        last_bin = (CHUNKS - chosen) * LENGTH - 1  # of the chunk
 
         missed_above = (above > 0.0) & (above_weight >= target)
         missed_below = (found == 0) & (running < tl.load(ints + OTHERS).to(tl.float64))
@@ -258,21 +279,24 @@ def find_cut(
             seek_last = tl.where(missed_above, highest_key, first - 1)
             seek = (missed_above | missed_below).to(tl.int32)
         if seek == 0:
-            bins = chosen * CHUNK + CHUNK - 1 - tl.arange(0, CHUNK)  # from the top
-            number, part = _bins(fine, bins, first, shift, low, sum_bits, drop_bits, TOPK)
+            bins = last_bin - tl.arange(0, LENGTH)  # from the top
+            some = tl.load(fine + bins)
+            numbers_in = some >> sum_bits
+            offsets_in = _offsets(some, numbers_in, shift, sum_bits, drop_bits)
+            part = _weights(numbers_in, offsets_in, first + (bins.to(tl.int64) << shift), shift > 0, low, TOPK)
             reached = before + tl.cumsum(part, 0)
-            bin = tl.max(tl.where((number > 0) & (reached >= target), bins, -1), 0)
-            lowest_filled = tl.min(tl.where(number > 0, bins, chosen * CHUNK + CHUNK - 1), 0)
+            bin = tl.max(tl.where((numbers_in > 0) & (reached >= target), bins, -1), 0)
+            lowest_filled = tl.min(tl.where(numbers_in > 0, bins, last_bin), 0)
             bin = tl.where(bin >= 0, bin, lowest_filled)
-            here = tl.sum(tl.where(bins == bin, number, 0), 0)
+            here = tl.sum(tl.where(bins == bin, numbers_in, 0), 0)
             rest = target - before - tl.sum(tl.where(bins > bin, part, 0.0), 0)
             seek_first = first + (bin.to(tl.int64) << shift)
             seek_last = seek_first + (tl.full([], 1, tl.int64) << shift) - 1
             if (here > CAPACITY) & (shift > 0):
                 seek = tl.full([], 1, tl.int32)
             else:
-                entry = key_value(seek_first) - low
-                step = tl.where(shift > 0, key_value(seek_first + 1) - key_value(seek_first), 0.0)
+                entry = key_value(seek_first).to(tl.float64) - low
+                step = tl.where(shift > 0, key_value(seek_first + 1) - key_value(seek_first), 0.0).to(tl.float64)
                 if TOPK:
                     entry = tl.full([], 1.0, tl.float64)
                     step = tl.full([], 0.0, tl.float64)
@@ -287,8 +311,8 @@ def find_cut(
                 tl.store(ints + TAKE, wanted.to(tl.int64))
                 _put(ints, tl.where(here > CAPACITY, TIES, LIST), seek_first, seek_last, shift)
         if seek != 0:
-            for i in range(0, BINS // CHUNK):
-                tl.store(fine + i * CHUNK + tl.arange(0, CHUNK), tl.zeros([CHUNK], tl.int64))
+            for i in range(0, BINS, CHUNKS):
+                tl.store(fine + i + tl.arange(0, CHUNKS), tl.zeros([CHUNKS], tl.int64))
             _seek(ints, seek_first, seek_last, BINS)
 
 

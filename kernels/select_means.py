@@ -36,6 +36,7 @@ class Means(NamedTuple):
 
     terms: torch.Tensor  # [B, Hkv, TERMS, 32 * W, DIM], zero beyond the C boxes and the head_dim components
     sizes: torch.Tensor  # int32 [B, 32 * W]: tokens of the box, 0 if none of its keys is valid
+    own: torch.Tensor  # int32 [N]: box of each video token
     rescale: float  # factor between one term and the next
 
     @property
@@ -50,13 +51,13 @@ class Means(NamedTuple):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _add_pieces(
-    k, mask, sums, counts,
+    k, mask, sums, counts, own,
     stride_kb, stride_kh, stride_ks, stride_mb, stride_ms,
     kv_heads, prefix, frames, rows, columns, bt, bh, bw, box_rows, box_columns, splits,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sum and number of the valid keys in one piece of one box."""
+    """Sum and number of the valid keys in one piece of one box; the first head also notes whose box it is."""
     piece = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
@@ -75,7 +76,10 @@ def _add_pieces(
     for start in range(first, last, ROWS):
         r = start + tl.arange(0, ROWS)
         valid = r < last
-        token = (prefix + token_in_box(r, t0, h0, w0, eh, ew, rows, columns)).to(tl.int64)
+        n = token_in_box(r, t0, h0, w0, eh, ew, rows, columns)
+        if (head == 0) & (sample == 0):
+            tl.store(own + n, tl.full([ROWS], 0, tl.int32) + box, mask=valid)
+        token = (prefix + n).to(tl.int64)
         if MASKED:
             valid = valid & (tl.load(mask + sample * stride_mb + token * stride_ms, mask=valid, other=0) != 0)
         read = valid[:, None]
@@ -136,10 +140,11 @@ def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geo
     counts = work.empty(pieces, dtype=torch.int32)
     terms = work.empty(batch, kv_heads, num_terms, padded, dim, dtype=k.dtype)
     sizes = work.empty(batch, padded, dtype=torch.int32)
+    own = work.empty(geometry.num_video, dtype=torch.int32)
     shape = (*geometry.grid, *geometry.block, *geometry.counts[1:])
     work.launch(
         _add_pieces, (boxes * splits, kv_heads, batch),
-        k, mask, sums, counts, *k.stride()[:3], *(mask.stride() if masked else (0, 0)),
+        k, mask, sums, counts, own, *k.stride()[:3], *(mask.stride() if masked else (0, 0)),
         kv_heads, geometry.prefix, *shape, splits,
         HEAD_DIM=head_dim, DIM=dim, PIECE=PIECE, ROWS=ROWS, MASKED=masked, WIDE=num_terms == 1, num_warps=4,
     )  # fmt: skip
@@ -148,4 +153,4 @@ def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geo
         sums, counts, terms, sizes, kv_heads, *shape, splits, boxes,
         DIM=dim, TERMS=num_terms, RESCALE=rescale, num_warps=1,
     )  # fmt: skip
-    return Means(terms, sizes, rescale)
+    return Means(terms, sizes, own, rescale)

@@ -37,13 +37,14 @@ from .select_gate import (
 from .select_means import Means, box_means
 from .select_query import select_rows
 
-BLOCK_Q = 128  # queries of one tile; the reasons are in select_gate
-WARPS, STAGES = 8, 2
-REGISTERS = 128  # a thread: two tiles an SM. Not for float32, long heads or pools of one box, which need more
+BLOCK_Q = 64  # queries of one tile: one warpgroup's wgmma; the reasons are in select_gate
+WARPS, STAGES = 4, 3
+RUN = 8  # tiles that one program goes through
+REGISTERS = 168  # a thread: three programs an SM. Not for float32, long heads or pools of one box, which need more
 BINS = 65536  # of the exact histogram; a power of two, at least 512 so that a bin never spans two exponents
 BLOCK_BINS = 4096  # the same for pool "block", which has a histogram for every box
 CAPACITY = 1024  # entries at the cut-off that are listed and ranked; more are looked at more closely, or are equal
-CHUNK = 4096  # bins read at a time
+CHUNK = 512  # partial results of a pool that are read at a time
 SAMPLE_SHARE = 1 / 32  # of the queries, for the first bracket
 SAMPLE_QUERIES = 1024  # but at least so many
 REPLICAS = {"head_global": 4, "overall": 32, "block": 1}  # copies of the sampled histogram
@@ -116,7 +117,7 @@ def _select_pools(
     """Fill ``words`` for pools that join queries."""
     batch, heads = q.shape[:2]
     queries, padded = geometry.num_video, geometry.num_words * WORD_BITS
-    tiles = triton.cdiv(queries, BLOCK_Q)
+    runs = triton.cdiv(queries, RUN * BLOCK_Q)
     per_box = pool == "block"
     pools_per_sample = {"head_global": heads, "overall": 1, "block": padded}[pool]
     pools = batch * pools_per_sample
@@ -131,7 +132,8 @@ def _select_pools(
     counters = work.zeros(pools * bins + triton.cdiv(pools * (replicas * COARSE_BINS.value + 1), 2), dtype=torch.int64)
     fine, rest = counters[: pools * bins], counters[pools * bins :].view(torch.int32)
     coarse, lengths = rest[: pools * replicas * COARSE_BINS.value], rest[pools * replicas * COARSE_BINS.value :]
-    partials = work.empty(4, batch * heads * tiles * (padded if per_box else 1), dtype=torch.float64)
+    numbers_each = batch * heads * runs * (padded if per_box else geometry.num_words)
+    partials = work.empty(4, numbers_each, dtype=torch.float64)
     ints = work.empty(pools, STATE.value, dtype=torch.int64)
     numbers = work.empty(pools, STATE.value, dtype=torch.float64)
     listed = work.empty(pools * CAPACITY, dtype=torch.int64)
@@ -141,24 +143,29 @@ def _select_pools(
     where = {
         "pools_per_sample": pools_per_sample,
         "per_sample": partials.shape[1] // batch,
-        "per_pool": {"head_global": tiles, "overall": 0, "block": 1}[pool],
+        "per_pool": {"head_global": runs * geometry.num_words, "overall": 0, "block": 1}[pool],
         "stride": padded if per_box else 1,
-        "count": tiles if pool == "head_global" else heads * tiles,
+        "count": runs * (1 if per_box else geometry.num_words) * (1 if pool == "head_global" else heads),
     }
-    gate = (*q.stride()[:3], geometry.prefix, queries, heads, group, *_shape(geometry))
+    gate = (*q.stride()[:3], geometry.prefix, queries, heads, group, geometry.num_words, RUN * BLOCK_Q)
     flags: dict[str, Any] = {
         "HEAD_DIM": q.shape[3], "DIM": means.dim, "BLOCK_Q": BLOCK_Q, "TERMS": means.num_terms,
-        "RESCALE": means.rescale, "POOL": _POOLS[pool], "num_warps": WARPS,
+        "RESCALE": means.rescale, "POOL": _POOLS[pool],
+        "num_warps": 2 * WARPS if per_box else WARPS,  # every column has bounds and addresses of its own
         "num_stages": STAGES if means.dim <= 128 else 1,  # of long heads, one copy fits in shared memory
     }  # fmt: skip
     if means.num_terms > 1 and means.dim <= 128 and not per_box:
         flags["maxnreg"] = REGISTERS
-    grid = (tiles, batch * heads)
-    inputs = (q, means.terms, means.sizes)
-    cut = {"BINS": bins, "CHUNK": min(CHUNK, bins), "num_warps": 8}
+    grid = (runs * geometry.num_words, batch * heads)
+    inputs = (q, means.terms, means.sizes, means.own)
+    cut = {"BINS": bins, "CHUNK": CHUNK, "num_warps": 16 if bins == BINS else 4}
 
-    sample = min(2**31 - 1, int(2**31 * max(SAMPLE_SHARE, SAMPLE_QUERIES / max(1, queries))))
-    work.launch(gate_range, grid, *inputs, *partials, coarse, *gate, replicas, sample, **flags)
+    samples = min(queries, max(1, SAMPLE_QUERIES, int(SAMPLE_SHARE * queries)))
+    sample_runs = triton.cdiv(samples, RUN * BLOCK_Q)
+    work.launch(
+        gate_range, ((sample_runs + runs) * geometry.num_words, batch * heads), *inputs, *partials, coarse, *gate,
+        replicas, samples, sample_runs, **flags,
+    )  # fmt: skip
     work.launch(
         find_bracket, (pools,), *partials, coarse, means.sizes, ints, numbers,
         amount=amount, num_video=queries, heads=heads, padded=padded, replicas=replicas, **where,

@@ -77,17 +77,16 @@ ALLOWED_SPILLS = [
     (which("attend_tiles", "sm_90", "bf16", D=128), 128),
     # Statistics in float64, once a pool.
     (which("find_bracket"), 128),
-    # Held at 128 registers, so that two tiles share a multiprocessor.
-    (which("gate_bits", "sm_100"), 512),
-    (which("gate_range", "sm_100"), 576),
+    (which("find_cut"), 32),
+    # Held at 168 registers, so that three programs share a multiprocessor; gate_bits where it lists the last entries.
+    (which("gate_bits", "sm_100"), 768),
     (which("gate_bits"), 64),
     (which("gate_histogram"), 64),
     (which("gate_range"), 96),
     # A row of 256 float32 keys and one of values at once; bound by memory.
     (which("pack_keys", dtype="fp32", D=256), 448),
     (which("pack_keys"), 16),
-    # Two running sums over [256, 32] at once.
-    (which("scatter_entries"), 1440),
+    (which("scatter_entries"), 32),
 ]
 
 # Kernels that do not fit yet. They are left out of test_limits, and fail as "xpass" when they do fit.
