@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import attend_hopper, attend_triton
+from . import attend_hopper, attend_tiles, attend_triton
 from .partition import Geometry
 
 SCRATCH_SHARE = 0.2  # of the bytes of q, k, v and out: buffers and tables together stay within a quarter
@@ -36,12 +36,17 @@ def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
-    *, implementation: str, share: float,
+    *, implementation: str, share: float, tile: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton".
+    """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton"; of tiles by "triton".
 
     At most ``share`` of the other boxes' entries of a sample are selected; where a selection has more, all is NaN.
+    Tiles of queries have no such bound.
     """
+    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
+    scratch = max(SCRATCH_FLOOR, int(SCRATCH_SHARE * tensor_bytes))
+    if tile:
+        return attend_tiles.attention(q, k, v, words, key_mask, geometry, scale, tile=tile, scratch=scratch)
     run = attend_triton.attention
     if implementation == "hopper":
         reason = why_not_hopper(q, k, v)
@@ -50,8 +55,6 @@ def attention(
         run = attend_hopper.attention
     batch, heads = q.shape[:2]
     capacity = pair_capacity(geometry, heads, share)
-    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
-    scratch = max(SCRATCH_FLOOR, int(SCRATCH_SHARE * tensor_bytes))
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
     if together >= batch:
         return run(q, k, v, words, key_mask, geometry, scale, batch * capacity, scratch)

@@ -310,6 +310,20 @@ def scatter_entries(
     tl.store(place, base + tl.load(place, mask=inside, other=0), mask=inside)
 
 
+def list_all_keys(key_mask: Tensor, geometry: Geometry, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``keys`` and ``span`` of :class:`Lists`; ``key_mask`` bool [B, S] or no elements."""
+    tokens, boxes = geometry.num_tokens, geometry.num_boxes + (geometry.num_condition > 0)
+    masked = key_mask.numel() > 0
+    keys = torch.empty(batch if masked else 1, tokens, dtype=torch.int32, device=device)
+    span = torch.empty(batch if masked else 1, boxes, 2, dtype=torch.int32, device=device)
+    sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
+    launch(
+        list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
+        HAS_MASK=masked, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return keys, span
+
+
 def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int, chunk_pairs: int, ring: int) -> Lists:
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
@@ -326,12 +340,7 @@ def build(words: Tensor, key_mask: Tensor, geometry: Geometry, *, capacity: int,
     max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes
     masked = key_mask.numel() > 0
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=words.device)  # noqa: E731
-    keys, span = new(batch if masked else 1, tokens), new(batch if masked else 1, boxes, 2)
-    sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
-    launch(
-        list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
-        HAS_MASK=masked, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    keys, span = list_all_keys(key_mask, geometry, batch, words.device)
     count, total = new(num_heads, boxes + 1, groups), new(num_heads, boxes + 1)
     place = new(num_heads, tokens, 2)
     counts = (

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import reference_attention, reference_select
+from . import partition, reference_attention, reference_select
 from .partition import Geometry
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
@@ -30,43 +30,72 @@ LARGE_SHARED = 160 * 1024  # bytes; with less, rows are half as long and float32
 
 def select(
     q: Tensor, k: Tensor, key_mask: Tensor, geometry: Geometry, *,
-    pool: str, mode: str, threshold: float, topk: int, implementation: str,
+    pool: str, mode: str, threshold: float, topk: int, implementation: str, tile: int,
 ) -> Tensor:  # fmt: skip
-    """Bit sets int32 [B, H, N, ceil(C / 32)]; see the operator ``vmoba::select``."""
+    """Bit sets int32 [B, H, N, ceil(C / 32)], of tiles [B, H, M, W]; see the operator ``vmoba::select``."""
+    check_tile(tile, implementation)
     if _resolve(implementation, lambda: _no_selection(q, geometry, pool)) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference_select.select(
-                q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk
+                q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk, tile=tile
             )
     from . import select_triton
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return select_triton.select(q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk)
+        return select_triton.select(
+            q, k, key_mask, geometry, pool=pool, mode=mode, threshold=threshold, topk=topk, tile=tile
+        )
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, geometry: Geometry, *,
-    scale: float, threshold: float, topk: int, implementation: str,
+    scale: float, threshold: float, topk: int, implementation: str, tile: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
+    check_tile(tile, implementation)
+    check_selected(selected, q, geometry, tile)
     # What the selection kept bounds its pairs, and with them the kernels' buffers.
     share = min(1.0, threshold)
     if topk:
         share = (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
     elif share > 0.99:
         share = 1.0
-    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share, tile))
     if name == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
+            return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale, tile)
     from . import attend
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if implementation == "auto":
-        name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
+        name = "hopper" if not (tile or attend.why_not_hopper(q, k, v)) else "triton"
     with torch.cuda.device_of(q):  # Triton launches on the current device
         return attend.attention(
-            q, k, v, selected.contiguous(), key_mask.contiguous(), geometry, scale, implementation=name, share=share
+            q, k, v, selected.contiguous(), key_mask.contiguous(), geometry, scale,
+            implementation=name, share=share, tile=tile,
+        )  # fmt: skip
+
+
+def check_tile(tile: int, implementation: str) -> None:
+    """ValueError unless tiles of queries may have this size, and the implementation, if named, takes them."""
+    if tile and tile not in partition.TILE_SIZES:
+        sizes = " or ".join(map(str, partition.TILE_SIZES))
+        raise ValueError(f"tile must be 0 (every query selects for itself) or {sizes} tokens, not {tile}")
+    if tile and implementation == "hopper":
+        raise ValueError(
+            "implementation='hopper' takes granularity='token' alone for now; for granularity='tile' use 'auto' or"
+            " 'triton'"
+        )
+
+
+def check_selected(selected: Tensor, q: Tensor, geometry: Geometry, tile: int) -> None:
+    """ValueError unless the bit sets have the shape that the kernels read."""
+    shape = (*q.shape[:2], geometry.by_tile(tile).num_video, geometry.num_words)
+    if selected.shape != shape:
+        rows = f"tiles of {tile} tokens" if tile else "video queries"
+        raise ValueError(
+            f"selected must be [batch, heads, {rows}, words] = {list(shape)}, not {list(selected.shape)};"
+            " give select and attention the same sizes and the same tile"
         )
 
 
@@ -123,7 +152,7 @@ def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
     return reason
 
 
-def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float) -> str:
+def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float, tile: int = 0) -> str:
     reason = _no_triton(q)
     if reason:
         return reason
@@ -138,7 +167,7 @@ def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float) -> 
             f"it takes fewer than {attend_lists.MAX_TOKENS} tokens and {attend_lists.MAX_BOXES} boxes, not "
             f"{geometry.num_tokens} and {geometry.num_boxes} (larger blocks have fewer)"
         )
-    pairs = attend.pair_capacity(geometry, q.shape[1], share)
+    pairs = 0 if tile else attend.pair_capacity(geometry, q.shape[1], share)
     if pairs >= 2**31:
         return (
             f"it takes fewer than 2**31 pairs of a query and a box in a sample, not {pairs} (larger blocks have fewer)"

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from .partition import Geometry, box_order, unpack_bits
+from .partition import Geometry, box_order, per_token, unpack_bits
 
 # Scores computed at once: small enough to stay in a CPU's caches, large enough to fill a GPU.
 CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**26}
@@ -65,16 +65,18 @@ def attention(
     key_mask: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    tile: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the selected boxes and the condition tokens.
 
-    ``q`` [B, H, S, D], ``k``, ``v`` [B, Hkv, S, D], ``selected`` int32 [B, H, N, W], ``key_mask`` bool [B, S] or no
-    elements. Returns ``out`` [B, H, S, D] in q's dtype and ``lse`` [B, H, S] (natural logarithm, float32 or float64). A
-    query that may attend to nothing gets 0 and an lse of -inf.
+    ``q`` [B, H, S, D], ``k``, ``v`` [B, Hkv, S, D], ``selected`` int32 [B, H, N, W], or [B, H, M, W] with ``tile`` tokens
+    a tile, ``key_mask`` bool [B, S] or no elements. Returns ``out`` [B, H, S, D] in q's dtype and ``lse`` [B, H, S]
+    (natural logarithm, float32 or float64). A query that may attend to nothing gets 0 and an lse of -inf.
     """
     batch, heads, _, head_dim = q.shape
     group = heads // k.shape[1]
     dtype = _accumulator(q)
+    selected = per_token(selected, geometry, tile)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for sample in range(batch):
@@ -111,6 +113,7 @@ def attention_backward(
     delta: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    tile: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`attention` for q, k and v, in their dtypes.
 
@@ -119,6 +122,7 @@ def attention_backward(
     batch, heads = q.shape[:2]
     group = heads // k.shape[1]
     dtype = _accumulator(q)
+    selected = per_token(selected, geometry, tile)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)

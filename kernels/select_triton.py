@@ -7,6 +7,7 @@ return at once. They make the result exact whatever the values: the second looks
 each level sees ``log2(bins)`` bits of the 32-bit order key, so one level more than cover 32 bits always suffices.
 
 ``query_head`` takes three launches; a selection that compares nothing (own box alone, or everything) three as well.
+Tiles of queries take one more: their means are then the queries of a video of their own, with boxes of the same number.
 The result is the same from run to run: only integers are added atomically, and nothing depends on the order in which
 entries are listed. Source: arXiv 2506.23858, sections 3.3 and 3.4.
 """
@@ -35,6 +36,7 @@ from .select_gate import (
 )
 from .select_means import Means, box_means
 from .select_query import select_rows
+from .select_tiles import mean_queries
 from .triton_tools import launch
 
 BLOCK_Q = 128  # queries of one tile; the reasons are in select_gate
@@ -65,8 +67,9 @@ def select(
     mode: str,
     threshold: float,
     topk: int,
+    tile: int = 0,
 ) -> torch.Tensor:
-    """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)].
+    """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)]; of tiles [B, H, M, W].
 
     As ``reference_select.select``, in float32 accuracy: entries whose weights are closer to the cut-off than that may
     be chosen differently.
@@ -79,8 +82,10 @@ def select(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads = q.shape[:2]
     boxes = geometry.num_boxes
+    means = box_means(k, key_mask, geometry, tile)
+    if tile:
+        q, geometry = mean_queries(q, geometry, tile), geometry.by_tile(tile)
     words = torch.empty(batch, heads, geometry.num_video, geometry.num_words, dtype=torch.int32, device=q.device)
-    means = box_means(k, key_mask, geometry)
     group = heads // k.shape[1]
     kept = min(topk, boxes) if mode == "topk" else boxes
     everything = threshold >= 1 if mode == "threshold" else kept == boxes
