@@ -4,7 +4,11 @@ One program takes one tile of queries of one head through every key that it atte
 Keys and values lie packed by box (``attend_pack``), so a tile's work is a list of key blocks, written by a small kernel
 before: whole blocks from the front, the ragged last blocks of boxes, which need a mask, from the back. Each kind is one
 flat loop, whatever the number of boxes, and its loads run ahead from box to box. The longest tiles of a head start first,
-so that the last ones to run are short. Blocks and warps are those of ``attend_triton``.
+so that the last ones to run are short.
+
+128 queries by 64 keys with 4 warps leave room for two programs per multiprocessor: one's softmax runs beside the other's
+products. The head size is known at compile time: without it rows would be read and written two bytes at a time. Float32
+has no tensor cores of its accuracy; there a tile is cut into programs of fewer queries, which keep within the registers.
 
 The condition tokens are one more box, which every tile selects; condition queries make tiles of their own behind the
 others, which attend to everything. arXiv 2506.23858, section 3.1.
@@ -19,12 +23,27 @@ from torch import Tensor
 
 from .attend_lists import list_all_keys
 from .attend_pack import PackedKeys, packed_rows
-from .attend_triton import LOG2E, attend_block, tile_shape
+from .attend_triton import LOG2E, attend_block, reads_shared_operands
 from .partition import Geometry
 from .triton_tools import launch, power_of_two, tile_in_box, token_in_box
 
 _LN2 = tl.constexpr(0.6931471805599453)
 STEP = 8  # blocks of each of 32 boxes that are listed at a time
+
+# (bytes of an element, padded head size) -> queries of a program, keys per block, warps, stages.
+SHARED_OPERANDS = {
+    (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 4, 2), (2, 256): (128, 32, 8, 2),
+    (4, 64): (64, 16, 8, 2), (4, 128): (32, 16, 8, 2), (4, 256): (16, 16, 8, 1),
+}  # fmt: skip
+REGISTER_OPERANDS = SHARED_OPERANDS | {
+    (2, 64): (128, 32, 4, 3), (2, 128): (128, 32, 8, 2), (2, 256): (64, 16, 8, 2),
+}  # fmt: skip
+
+
+def program_shape(q: Tensor) -> tuple[int, int, int, int]:
+    """Queries of a program, keys per block, warps and stages for the tensor's device, dtype and head size."""
+    shapes = SHARED_OPERANDS if reads_shared_operands(q.device) else REGISTER_OPERANDS
+    return shapes[q.element_size(), max(64, power_of_two(q.shape[-1]))]
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "tiles", "num_boxes", "boxes", "stride", "most", "masked"])
@@ -119,23 +138,26 @@ def list_queries(
 def attend_queries(
     Q, keys, values, QUERIES, BLOCKS, COUNT, ORDER, OUT, LSE, q_batch, q_head, q_token, scale,
     first_head, heads, group, tokens, packed_rows, most,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one head of a group: all of its keys, and its rows of the result."""
+    """``ROWS`` queries of one tile of one head of a group: all of their keys, and their rows of the result."""
+    PARTS: tl.constexpr = TILE // ROWS
     of_group = tl.program_id(1)
-    first = of_group.to(tl.int64) * tl.num_programs(0)
-    tile = tl.load(ORDER + first + tl.program_id(0))
+    first = of_group.to(tl.int64) * (tl.num_programs(0) // PARTS)
+    tile = tl.load(ORDER + first + tl.program_id(0) // PARTS)
     program = first + tile
     whole, ragged = tl.load(COUNT + program * 2), tl.load(COUNT + program * 2 + 1)
     head = first_head + of_group.to(tl.int64)
-    s = tl.load(QUERIES + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+    at = tile * TILE + tl.program_id(0) % PARTS * ROWS
+    s = tl.load(QUERIES + at + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, D)
     here = (s >= 0)[:, None] & (d < HEAD_DIM)[None, :]
     lines = Q + (head // heads) * q_batch + (head % heads) * q_head + s * q_token
-    q = tl.load(lines[:, None] + d[None, :], mask=here, other=0.0)  # [TILE, D]
-    peak = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, D], tl.float32)
+    q = tl.load(lines[:, None] + d[None, :], mask=here, other=0.0)  # [ROWS, D]
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
     start = (of_group // group) * packed_rows
     block = BLOCKS + program * most
     for i in tl.range(0, whole, num_stages=STAGES):
@@ -146,7 +168,8 @@ def attend_queries(
         left = end % BLOCK
         peak, total, acc = attend_block(q, peak, total, acc, keys, values, start + end - left, left, scale, BLOCK, True)
     empty = total == 0.0  # no key at all
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
     to = head * tokens + s
     tl.store(OUT + to[:, None] * HEAD_DIM + d[None, :], acc.to(OUT.dtype.element_ty), mask=here)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * _LN2)
@@ -164,38 +187,41 @@ def attention(
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group, dim = heads // kv_heads, max(16, power_of_two(head_dim))
-    block, warps, stages = tile_shape(q)
+    most_rows, block, warps, stages = program_shape(q)
+    program_rows = min(tile, most_rows)
     stride, rows = packed_rows(geometry, block)
     asking = geometry.by_tile(tile)
     tiles = asking.num_video
-    programs = tiles + triton.cdiv(geometry.num_condition, tile)
+    all_tiles = tiles + triton.cdiv(geometry.num_condition, tile)  # those of condition queries behind the others
     most = rows // block  # blocks that a tile may attend to
 
-    kv_bytes = 2 * rows * dim * q.element_size() + group * programs * (most + 3) * 4
+    kv_bytes = 2 * rows * dim * q.element_size() + group * all_tiles * (most + 3) * 4
     turns = triton.cdiv(batch * kv_heads, max(1, scratch // kv_bytes))
     together = triton.cdiv(batch * kv_heads, turns)  # kv heads at a time
     listed, span = list_all_keys(key_mask, geometry, batch, q.device)
     packed = PackedKeys(k, v, listed, span, geometry, block=block, dim=dim, together=together)
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
-    blocks, count = new(together * group, programs, most), new(together * group, programs, 2)
-    queries, order = new(programs, tile), new(together * group, programs)
+    blocks, count = new(together * group, all_tiles, most), new(together * group, all_tiles, 2)
+    queries, order = new(all_tiles, tile), new(together * group, all_tiles)
     out, lse = new(*q.shape, dtype=q.dtype), new(batch, heads, tokens, dtype=torch.float32)
     launch(
-        list_queries, (programs,), queries, tiles, asking.block[0], geometry.prefix, geometry.suffix,
+        list_queries, (all_tiles,), queries, tiles, asking.block[0], geometry.prefix, geometry.suffix,
         *geometry.grid, *geometry.block, *geometry.counts[1:], TILE=tile, num_warps=4,
     )  # fmt: skip
     for first in range(0, batch * kv_heads, together):
         some = min(together, batch * kv_heads - first)
         packed.fill(first, some)
         launch(
-            list_blocks, (programs, some * group), words, span, blocks, count, first * group, heads, tiles,
+            list_blocks, (all_tiles, some * group), words, span, blocks, count, first * group, heads, tiles,
             geometry.num_boxes, span.shape[1], stride, most, int(span.shape[0] > 1),
             BLOCK=block, STEP=STEP, num_warps=1,
         )  # fmt: skip
-        launch(order_tiles, (triton.cdiv(programs, 128), some * group), count, order, programs, BLOCK=128, num_warps=4)
         launch(
-            attend_queries, (programs, some * group), q, packed.keys, packed.values, queries, blocks, count, order, out,
-            lse, *q.stride()[:3], scale * LOG2E, first * group, heads, group, tokens, rows, most,
-            TILE=tile, BLOCK=block, HEAD_DIM=head_dim, D=dim, STAGES=stages, num_warps=warps,
+            order_tiles, (triton.cdiv(all_tiles, 128), some * group), count, order, all_tiles, BLOCK=128, num_warps=4
+        )
+        launch(
+            attend_queries, (all_tiles * tile // program_rows, some * group), q, packed.keys, packed.values, queries, blocks,
+            count, order, out, lse, *q.stride()[:3], scale * LOG2E, first * group, heads, group, tokens, rows, most,
+            TILE=tile, ROWS=program_rows, BLOCK=block, HEAD_DIM=head_dim, D=dim, STAGES=stages, num_warps=warps,
         )  # fmt: skip
     return out, lse

@@ -41,11 +41,14 @@ REGISTER_OPERANDS = {
 }  # fmt: skip
 
 
+def reads_shared_operands(device: torch.device) -> bool:
+    """Whether tensor cores take their operands from shared memory."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def tile_shape(q: Tensor) -> tuple[int, int, int]:
     """Keys per block, warps and stages for the tensor's device, dtype and head size."""
-    shapes = REGISTER_OPERANDS
-    if q.device.type == "cpu" or torch.cuda.get_device_capability(q.device)[0] in (9, 10):
-        shapes = SHARED_OPERANDS
+    shapes = SHARED_OPERANDS if reads_shared_operands(q.device) else REGISTER_OPERANDS
     return shapes[q.element_size(), max(64, power_of_two(q.shape[-1]))]
 
 
