@@ -216,9 +216,7 @@ def attention(
             geometry.num_boxes, span.shape[1], stride, most, int(span.shape[0] > 1),
             BLOCK=block, STEP=STEP, num_warps=1,
         )  # fmt: skip
-        launch(
-            order_tiles, (triton.cdiv(all_tiles, 128), some * group), count, order, all_tiles, BLOCK=128, num_warps=4
-        )
+        launch(order_tiles, (triton.cdiv(all_tiles, 64), some * group), count, order, all_tiles, BLOCK=64, num_warps=4)
         launch(
             attend_queries, (all_tiles * tile // program_rows, some * group), q, packed.keys, packed.values, queries, blocks,
             count, order, out, lse, *q.stride()[:3], scale * LOG2E, first * group, heads, group, tokens, rows, most,

@@ -88,15 +88,15 @@ def attention(
             peak = queries.new_full((geometry.num_tokens,), float("-inf"))
             total = queries.new_zeros(geometry.num_tokens)
             sums = queries.new_zeros(geometry.num_tokens, head_dim)
-            for tile in tiles(selected[sample, head], valid, geometry):
-                scores = queries[tile.rows] @ keys[tile.keys].T
-                old = peak[tile.rows]
+            for part in tiles(selected[sample, head], valid, geometry):
+                scores = queries[part.rows] @ keys[part.keys].T
+                old = peak[part.rows]
                 new = torch.maximum(old, scores.amax(1))
                 scores.sub_(new[:, None]).exp_()
                 decay = torch.exp(old - new)
-                peak[tile.rows] = new
-                total[tile.rows] = total[tile.rows] * decay + scores.sum(1)
-                sums[tile.rows] = torch.addcmul(scores @ values[tile.keys], sums[tile.rows], decay[:, None])
+                peak[part.rows] = new
+                total[part.rows] = total[part.rows] * decay + scores.sum(1)
+                sums[part.rows] = torch.addcmul(scores @ values[part.keys], sums[part.rows], decay[:, None])
             out[sample, head] = (sums / torch.where(total > 0, total, 1.0)[:, None]).to(q.dtype)
             lse[sample, head] = peak + total.log()
     return out, lse
@@ -135,14 +135,14 @@ def attention_backward(
             queries = q[sample, head].to(dtype) * scale
             grad = dout[sample, head].to(dtype)
             query_grad = torch.zeros_like(queries)
-            for tile in tiles(selected[sample, head], valid, geometry):
-                rows, tile_keys, tile_values = queries[tile.rows], keys[tile.keys], values[tile.keys]
-                tile_grad = grad[tile.rows]
-                weights = (rows @ tile_keys.T).sub_(lse[sample, head, tile.rows, None]).exp_()
-                value_grad[tile.keys] += weights.T @ tile_grad
-                dscores = (tile_grad @ tile_values.T).sub_(delta[sample, head, tile.rows, None]).mul_(weights)
-                query_grad[tile.rows] += dscores @ tile_keys
-                key_grad[tile.keys] += dscores.T @ rows
+            for part in tiles(selected[sample, head], valid, geometry):
+                rows, part_keys, part_values = queries[part.rows], keys[part.keys], values[part.keys]
+                part_grad = grad[part.rows]
+                weights = (rows @ part_keys.T).sub_(lse[sample, head, part.rows, None]).exp_()
+                value_grad[part.keys] += weights.T @ part_grad
+                dscores = (part_grad @ part_values.T).sub_(delta[sample, head, part.rows, None]).mul_(weights)
+                query_grad[part.rows] += dscores @ part_keys
+                key_grad[part.keys] += dscores.T @ rows
             dq[sample, head] = (query_grad * scale).to(q.dtype)
             if head % group == group - 1:
                 dk[sample, head // group] = key_grad.to(k.dtype)
