@@ -15,7 +15,8 @@ test:            ## the whole test suite, on two cores
 test-gpu:        ## what needs an NVIDIA GPU: its own tests, and the kernels' tests on it instead of in the interpreter
 	$(SETUP) dev
 	.venv/bin/python -P -m pytest -m gpu $(PYTEST_ARGS)
-	.venv/bin/python -P -m pytest tests/kernels/test_select_triton.py tests/kernels/test_attend_triton.py $(PYTEST_ARGS)
+	.venv/bin/python -P -m pytest tests/kernels/test_select_triton.py tests/kernels/test_attend_triton.py \
+		tests/kernels/test_attend_tiles.py $(PYTEST_ARGS)
 
 bench:           ## one attention against cuDNN's, at production sizes
 	$(SETUP) dev

@@ -6,7 +6,8 @@
 Compares with the reference implementation first (the exit status tells whether that held), then times selection,
 attention and both together against dense attention to the same tensors in the same run: CUDA graphs, replayed in
 turns, medians. A row that fails says why and is left out. Inputs are bfloat16 on a GPU, "random" (normal) or "smooth"
-(coherent over the grid, as video is). Prints tables and writes JSON and a plot to benchmarks/results/.
+(coherent over the grid, as video is); "tiles" are selected with ``granularity="tile"``, which is not the paper's exact
+rule. Prints tables and writes JSON and a plot to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -75,8 +76,11 @@ class Setup:
             return {"budget_ms": 20, "least": 1, "most": 3}
         return {"budget_ms": 1000 if self.quick else 3000, "least": 5, "most": 10 if self.quick else 20}
 
-    def used(self, head_dim: int) -> str:
-        return implementation_used(self.implementation, head_dim, self.device, self.dtype)
+    def used(self, case: Case) -> str:
+        return implementation_used(self.implementation, case.head_dim, self.device, self.dtype, case.granularity)
+
+    def takes(self, case: Case) -> bool:
+        return case.granularity == "token" or self.implementation != "hopper"
 
     def graph(self, implementation: str) -> bool:
         """Whether to capture: the reference waits for the host."""
@@ -93,27 +97,33 @@ class Setup:
 
 def check_cases(on_gpu: bool) -> list[Case]:
     if not on_gpu:
-        return [Case("even", (4, 6, 8), 2, 64), Case("ragged", (5, 7, 9), 1, 64, prefix=3, suffix=5)]
+        cases = [Case("even", (4, 6, 8), 2, 64), Case("ragged", (5, 7, 9), 1, 64, prefix=3, suffix=5)]
+        return [*cases, *(case.tiled() for case in cases)]
     mid = Case("mid", (12, 24, 40), heads=4)
+    ragged = Case("ragged", (9, 13, 17), 4, 64, prefix=19, suffix=45)
     return [
-        Case("even", (8, 16, 24), heads=4), Case("ragged", (9, 13, 17), 4, 64, prefix=19, suffix=45),
-        mid, mid.smooth(*SCHEMES),
+        Case("even", (8, 16, 24), heads=4), ragged, mid, mid.smooth(*SCHEMES), ragged.tiled(), mid.tiled(),
+        mid.smooth(*SCHEMES).tiled(),
     ]  # fmt: skip
 
 
 def timed_cases(on_gpu: bool, quick: bool) -> list[Case]:
     if not on_gpu:
-        return [Case("tiny", (4, 6, 8), 2, 64), Case("with text", (5, 7, 9), 2, 64, suffix=7).smooth("1d", "3d")]
+        tiny, text = Case("tiny", (4, 6, 8), 2, 64), Case("with text", (5, 7, 9), 2, 64, suffix=7)
+        return [tiny, tiny.tiled("3d"), text.smooth("1d", "3d")]
     small = Case("21x30x52", (21, 30, 52), flex=not quick)
     middle = Case("24x36x64", (24, 36, 64), flex=not quick, portable=True)
     large = Case("21x45x80", (21, 45, 80), flex=True)
     if quick:
-        return [small, middle]
-    return [
-        small, small.smooth("1d", "3d"), middle, middle.smooth("1d", "3d"), large, large.smooth("1d", "3d"),
+        return [small, small.tiled(), middle, middle.tiled()]
+    text = [
         Case("HunyuanVideo 33x45x80", (33, 45, 80), 24, 128, suffix=256),
         Case("CogVideoX-1.5 11x48x85", (11, 48, 85), 48, 64, prefix=226),
-    ]  # fmt: skip
+    ]
+    return [
+        *(other for case in (small, middle, large) for other in (case, case.smooth("1d", "3d"), case.tiled())),
+        *(other for case in text for other in (case, case.tiled())),
+    ]
 
 
 def scaling_cases(on_gpu: bool, quick: bool) -> list[Case]:
@@ -143,7 +153,7 @@ def check(case: Case, scheme: str, setup: Setup) -> dict:
 
 def run_checks(setup: Setup) -> list[dict]:
     rows = []
-    for case in check_cases(setup.on_gpu):
+    for case in filter(setup.takes, check_cases(setup.on_gpu)):
         for scheme in case.schemes:
             what = f"check of {case.label} {shape(case.grid)} {scheme}"
             row = setup.guarded(what, lambda case=case, scheme=scheme: check(case, scheme, setup))
@@ -200,7 +210,7 @@ def measure_flex(case: Case, tensors: list[Tensor], dense: dict, density: float,
 
 def run_case(case: Case, setup: Setup, facts: dict) -> None:
     """Measure all of one shape, add it to the facts and print it."""
-    used = setup.used(case.head_dim)
+    used = setup.used(case)
     tensors = make_inputs(case, setup.device, setup.dtype)
     dense = prepared_dense(tensors, setup)
 
@@ -228,7 +238,7 @@ def run_case(case: Case, setup: Setup, facts: dict) -> None:
 
 def measure_scaling(case: Case, setup: Setup) -> dict:
     """Dense and sparse milliseconds, each the mean over the three schemes."""
-    used = setup.used(case.head_dim)
+    used = setup.used(case)
     tensors = make_inputs(case, setup.device, setup.dtype)
     dense, timing = captured(lambda: setup.dense(*tensors), graph=setup.on_gpu)
     parts, how = {}, {timing}
@@ -285,7 +295,7 @@ def describe(setup: Setup, dense_name: str) -> dict:
     except ImportError:
         triton = None
     name = torch.cuda.get_device_name() if setup.on_gpu else f"{os.cpu_count()} CPU cores"
-    used = setup.used(128)
+    used = setup.used(Case("any", (1, 1, 1)))
     title = f"{name}, torch {torch.__version__}, implementation {used}, dense: {dense_name}"
     if not setup.on_gpu:
         title += "\na smoke run without a GPU: on shapes this small the times tell nothing"
@@ -326,7 +336,7 @@ def main() -> None:
 
     facts["checks"] = run_checks(setup)
     save()
-    for case in timed_cases(setup.on_gpu, args.quick):
+    for case in filter(setup.takes, timed_cases(setup.on_gpu, args.quick)):
         failed = setup.guarded(case.label, lambda case=case: run_case(case, setup, facts))
         if failed:
             facts["rows"].append(case.facts() | {"scheme": "all"} | failed)

@@ -40,6 +40,7 @@ class Case:
     schemes: tuple[str, ...] = SCHEMES
     flex: bool = False  # also measure flex_attention at equal density
     portable: bool = False  # also measure implementation="triton" in the 3D scheme
+    granularity: str = "token"  # of all schemes; "tile" is not the paper's exact rule
 
     @property
     def num_video(self) -> int:
@@ -55,10 +56,15 @@ class Case:
 
     @property
     def label(self) -> str:
-        return self.name if self.inputs == "random" else f"{self.name}, {self.inputs}"
+        notes = [self.inputs] * (self.inputs != "random") + ["tiles"] * (self.granularity == "tile")
+        return ", ".join([self.name, *notes])
 
     def smooth(self, *schemes: str) -> Case:
         return replace(self, inputs="smooth", schemes=schemes, flex=False, portable=False)
+
+    def tiled(self, *schemes: str) -> Case:
+        """The same with ``granularity="tile"``."""
+        return replace(self, granularity="tile", schemes=schemes or self.schemes, flex=False, portable=False)
 
     def block(self, scheme: str) -> Triple:
         """vmoba_compile's own block for the scheme, in tokens."""
@@ -78,6 +84,7 @@ class Case:
         return {
             "label": self.label, "grid": self.grid, "prefix": self.prefix, "suffix": self.suffix, "heads": self.heads,
             "head_dim": self.head_dim, "tokens": self.num_tokens, "inputs": self.inputs,
+            "granularity": self.granularity,
         }  # fmt: skip
 
 
@@ -220,7 +227,7 @@ def sparse_runs(
     q, k, v = tensors
     rule = {
         "block": case.block(scheme), "prefix": case.prefix, "suffix": case.suffix, "threshold": THRESHOLD,
-        "implementation": implementation,
+        "implementation": implementation, "granularity": case.granularity,
     }  # fmt: skip
     selection = vmoba_compile.select(q, k, case.grid, **rule)
     return {
@@ -237,11 +244,11 @@ def attend(
     mask = torch.empty(0, dtype=torch.bool, device=tensors[0].device)
     return torch.ops.vmoba.attention(
         *tensors, selection.words, mask, *case.sizes(scheme), scale=case.head_dim**-0.5, threshold=THRESHOLD, topk=0,
-        implementation=implementation,
+        implementation=implementation, tile=selection.tile,
     )[0]  # fmt: skip
 
 
-def implementation_used(name: str, head_dim: int, device: str, dtype: torch.dtype) -> str:
+def implementation_used(name: str, head_dim: int, device: str, dtype: torch.dtype, granularity: str = "token") -> str:
     """What ``auto`` stands for: the first that takes such tensors when asked by name."""
     if name != "auto":
         return name
@@ -249,7 +256,9 @@ def implementation_used(name: str, head_dim: int, device: str, dtype: torch.dtyp
         x = torch.randn(1, 1, 96, head_dim, device=device, dtype=dtype)
         for candidate in ("hopper", "triton"):
             try:
-                vmoba_compile.attention(x, x, x, (2, 6, 8), block=(1, 3, 4), implementation=candidate)
+                vmoba_compile.attention(
+                    x, x, x, (2, 6, 8), block=(1, 3, 4), implementation=candidate, granularity=granularity
+                )
             except ValueError:
                 continue
             except Exception:  # "auto" takes it as well: the rows will say why it fails

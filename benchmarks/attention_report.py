@@ -29,12 +29,13 @@ def check_table(rows: list[dict]) -> Table:
         "largest", "selection differs", "",
     )  # fmt: skip
     for row in rows:
+        inputs = row["inputs"] + ", tiles" * (row["granularity"] == "tile")
         numbers = ["", "", ""]
         if "error" not in row:
             differs = f"{row['differing']} of {row['entries']}"
             numbers = [f"{row['relative_error']:.1e}", f"{row['largest_error']:.1e}", differs]
         table.add_row(
-            shape(row["grid"]), row["inputs"], f"{row['tokens']} ({row['prefix']} + {row['suffix']} condition)",
+            shape(row["grid"]), inputs, f"{row['tokens']} ({row['prefix']} + {row['suffix']} condition)",
             f"{row['heads']} x {row['head_dim']}", row["scheme"], shape(row["block"]), *numbers,
             "held" if row["held"] else "[red]FAILED",
         )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import attend_hopper, attend_triton
+from . import attend_hopper, attend_tiles, attend_triton
 from .launches import Work
 from .partition import Geometry
 
@@ -39,29 +39,33 @@ def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def attention(
     work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
-    *, implementation: str, share: float,
+    *, implementation: str, share: float, tile: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton".
+    """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton"; of tiles by "triton".
 
     At most ``share`` of the other boxes' entries of a sample are selected; where a selection has more, all is NaN.
+    Tiles of queries have no such bound.
     """
+    batch, heads, kv_heads = *q.shape[:2], k.shape[1]
+    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
+    given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
+    scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
+    out, lse = work.output(*q.shape, dtype=q.dtype), work.output(*q.shape[:3], dtype=torch.float32)
+    if tile:
+        attend_tiles.attention(work, q, k, v, words, key_mask, out, lse, geometry, scale, tile=tile, scratch=scratch)
+        return out, lse
     run: Callable[..., None] = attend_triton.attention
     if implementation == "hopper":
         reason = why_not_hopper(q, k, v)
         if reason:
             raise ValueError(f"implementation='hopper' cannot run: {reason}; use 'auto' or 'triton'")
         run = attend_hopper.attention
-    batch, heads, kv_heads = *q.shape[:2], k.shape[1]
     capacity = pair_capacity(geometry, heads, share)
-    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
-    given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
-    scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
     parts = 1
     if together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
         parts = min(kv_heads, math.ceil(4 * capacity * batch / (ENTRY_SHARE * tensor_bytes)))
     step = math.ceil(kv_heads / parts)
-    out, lse = work.output(*q.shape, dtype=q.dtype), work.output(*q.shape[:3], dtype=torch.float32)
     for i in range(0, batch, together):
         samples = slice(i, i + together)
         mask = work.part(key_mask, samples)
@@ -73,5 +77,7 @@ def attention(
             pairs = count * pair_capacity(geometry, here, share)
             tables = 17 * pairs // 4 + 8 * count * here * geometry.num_tokens  # entries, tiles, places
             with work.section():
-                run(work, *inputs, mask, out[own], lse[own], geometry, scale, pairs, max(scratch - tables, scratch // 4))
+                run(
+                    work, *inputs, mask, out[own], lse[own], geometry, scale, pairs, max(scratch - tables, scratch // 4)
+                )
     return out, lse

@@ -347,6 +347,20 @@ def scatter_entries(
     tl.store(place, base + tl.load(place, mask=inside, other=0), mask=inside)
 
 
+def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) -> tuple[Tensor, Tensor]:
+    """``keys`` and ``span`` of :class:`Lists`; ``key_mask`` bool [B, S] or no elements."""
+    tokens, boxes = geometry.num_tokens, geometry.num_boxes + (geometry.num_condition > 0)
+    masked = key_mask.numel() > 0
+    keys = work.empty(batch if masked else 1, tokens, dtype=torch.int32)
+    span = work.empty(batch if masked else 1, boxes, 2, dtype=torch.int32)
+    sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
+    work.launch(
+        list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
+        HAS_MASK=masked, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return keys, span
+
+
 def build(
     work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry,
     *, capacity: int, chunk_pairs: int, ring: int, tile: int,
@@ -366,12 +380,7 @@ def build(
     max_tiles = triton.cdiv(capacity, tile) + max_chunks * boxes
     masked = key_mask.numel() > 0
     new = partial(work.empty, dtype=torch.int32)
-    keys, span = new(batch if masked else 1, tokens), new(batch if masked else 1, boxes, 2)
-    sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
-    work.launch(
-        list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
-        HAS_MASK=masked, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    keys, span = list_all_keys(work, key_mask, geometry, batch)
     count, total = new(num_heads, boxes + 1, groups), new(num_heads, boxes + 1)
     place = new(num_heads, tokens, 2)
     counts = (

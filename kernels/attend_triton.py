@@ -1,8 +1,7 @@
 """Attention to the selected boxes in portable Triton, for every architecture that Triton compiles for.
 
-Keys and values of a few heads at a time are packed into box order, every box padded with zeros to whole blocks of keys:
-the inner loop then reads whole tiles through tensor descriptors (TMA where the hardware has it) and never a row of
-another box. One program takes one tile of queries through one box; a tile's rows are gathered by index.
+Keys and values of a few heads at a time are packed into box order (``attend_pack``). One program takes one tile of
+queries through one box; a tile's rows are gathered by index.
 
 Tiles of 128 queries by 64 keys with 4 warps leave room for two programs per multiprocessor, which hide each other's
 gathers; larger key blocks spill (head sizes of 128 in 16 bits), and so do blocks of 64 where the operands of a product
@@ -17,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import attend_lists
 from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
 from .attend_merge import QUERIES, merge_chunks, refuse
+from .attend_pack import PackedKeys, packed_rows
 from .launches import Work
 from .partition import Geometry
 from .triton_tools import power_of_two
@@ -45,36 +44,15 @@ REGISTER_OPERANDS = {
 }  # fmt: skip
 
 
+def reads_shared_operands(device: torch.device) -> bool:
+    """Whether tensor cores take their operands from shared memory."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def tile_shape(q: Tensor) -> tuple[int, int, int]:
     """Keys per block, warps and stages for the tensor's device, dtype and head size."""
-    shapes = REGISTER_OPERANDS
-    if q.device.type == "cpu" or torch.cuda.get_device_capability(q.device)[0] in (9, 10):
-        shapes = SHARED_OPERANDS
+    shapes = SHARED_OPERANDS if reads_shared_operands(q.device) else REGISTER_OPERANDS
     return shapes[q.element_size(), max(64, power_of_two(q.shape[-1]))]
-
-
-@triton.jit(do_not_specialize=["first_head", "kv_heads", "tokens", "boxes", "stride", "masked", "head_dim"])
-def pack_keys(
-    K, V, KEYS, SPAN, PACKED_K, PACKED_V, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    first_head, kv_heads, tokens, boxes, stride, masked, head_dim, BLOCK: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of one head in box order, boxes ``stride`` rows apart, zeros behind the last key of a box."""
-    head = first_head + tl.program_id(1).to(tl.int64)
-    sample, of_sample = head // kv_heads, head % kv_heads
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)
-    box = row // stride
-    r = row - box * stride
-    span = SPAN + ((sample * masked) * boxes + box) * 2
-    inside = box < boxes
-    first, size = tl.load(span, mask=inside, other=0), tl.load(span + 1, mask=inside, other=0)
-    token = tl.load(KEYS + sample * masked * tokens + first + r, mask=r < size, other=0).to(tl.int64)
-    read = (r < size)[:, None] & (d < head_dim)[None, :]
-    at = (tl.program_id(1).to(tl.int64) * boxes * stride + row)[:, None] * D + d[None, :]
-    k = tl.load(K + sample * k_batch + of_sample * k_head + token[:, None] * k_token + d[None, :], mask=read, other=0.0)
-    tl.store(PACKED_K + at, k, mask=inside[:, None])
-    v = tl.load(V + sample * v_batch + of_sample * v_head + token[:, None] * v_token + d[None, :], mask=read, other=0.0)
-    tl.store(PACKED_V + at, v, mask=inside[:, None])
 
 
 @triton.jit
@@ -93,11 +71,11 @@ def attend_block(q, peak, total, acc, keys, values, row, left, scale, BLOCK: tl.
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "heads", "group", "tokens", "boxes", "stride",
-                               "head_dim"])  # fmt: skip
+@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "heads", "group", "tokens", "packed_rows",
+                               "stride", "head_dim"])  # fmt: skip
 def attend_tiles(
     Q, keys, values, ENTRIES, PLACE, TILES, CHUNKS, FIRST_CHUNK, PART, PART_LSE, q_batch, q_head, q_token, scale,
-    first_head, last_head, turn, ring, heads, group, tokens, boxes, stride, head_dim,
+    first_head, last_head, turn, ring, heads, group, tokens, packed_rows, stride, head_dim,
     TILE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of chunks ``turn * ring`` to ``turn * ring + ring`` of a group of heads."""
@@ -117,7 +95,7 @@ def attend_tiles(
             d = tl.arange(0, D)
             base = Q + (head // heads) * q_batch + (head % heads) * q_head
             q = tl.load(base + s[:, None] * q_token + d[None, :], mask=(d < head_dim)[None, :], other=0.0)  # [TILE, D]
-            row = (((head - first_head) // group) * boxes + box).to(tl.int32) * stride
+            row = ((head - first_head) // group).to(tl.int32) * packed_rows + box * stride
             peak = tl.full([TILE], float("-inf"), tl.float32)
             total = tl.zeros([TILE], tl.float32)
             acc = tl.zeros([TILE, D], tl.float32)
@@ -148,9 +126,7 @@ def attention(
     dim = max(16, power_of_two(head_dim))
     block, warps, stages = tile_shape(q)
     boxes = geometry.num_boxes + (geometry.num_condition > 0)
-    longest = max(geometry.box_size, geometry.num_condition)
-    stride = triton.cdiv(longest, block) * block
-    packed_head = boxes * stride * dim * q.element_size()
+    packed_head = packed_rows(geometry, block)[1] * dim * q.element_size()
     together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))  # kv heads packed at a time
 
     row_bytes = dim * q.element_size() + 4
@@ -162,20 +138,13 @@ def attention(
     lists = attend_lists.build(
         work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring, tile=TILE
     )
-    masked = int(key_mask.numel() > 0)
-
     new = partial(work.empty, dtype=q.dtype)
-    packed_k, packed_v = new(together * boxes * stride, dim), new(together * boxes * stride, dim)
-    keys, values = (TensorDescriptor.from_tensor(x, [block, dim]) for x in (packed_k, packed_v))
+    packed = PackedKeys(work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=together)
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
     most_pairs = tokens * boxes  # of one head
     for first in range(0, batch * kv_heads, together):
         count = min(together, batch * kv_heads - first)
-        work.launch(
-            pack_keys, (triton.cdiv(boxes * stride, 64), count), k, v, lists.keys, lists.span, packed_k, packed_v,
-            *k.stride()[:3], *v.stride()[:3], first, kv_heads, tokens, boxes, stride, masked, head_dim,
-            BLOCK=64, D=dim, num_warps=4,
-        )  # fmt: skip
+        packed.fill(first, count)
         bounds = first * group, (first + count) * group
         in_group = min(count * group * most_pairs, capacity)
         chunks = min(count * group * triton.cdiv(most_pairs, lists.chunk_pairs),
@@ -183,9 +152,10 @@ def attention(
         tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
         for turn in range(triton.cdiv(chunks, ring)):
             work.launch(
-                attend_tiles, (tiles,), q, keys, values, lists.entries, lists.place, lists.tiles, lists.chunks,
-                lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring, heads, group,
-                tokens, boxes, stride, head_dim, TILE=TILE, BLOCK=block, D=dim, STAGES=stages, num_warps=warps,
+                attend_tiles, (tiles,), q, packed.keys, packed.values, lists.entries, lists.place, lists.tiles,
+                lists.chunks, lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring,
+                heads, group, tokens, packed.rows, packed.stride, head_dim, TILE=TILE, BLOCK=block, D=dim,
+                STAGES=stages, num_warps=warps,
             )  # fmt: skip
             work.launch(
                 merge_chunks, (triton.cdiv(tokens, QUERIES), ring), part, part_lse, lists.place, lists.chunks,

@@ -117,9 +117,7 @@ def attend(
         fence_async_shared()
         thread_barrier()
         mbarrier.wait(full.index(0), 0)
-        scores = warpgroup_mma(
-            queries.index(INDEX), ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
+        scores = warpgroup_mma(queries.index(INDEX), ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         release(empty.index(0))
         i = 1

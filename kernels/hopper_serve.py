@@ -132,7 +132,8 @@ def fetch_partials(WARP: gl.constexpr, PART, step, end, rows, D: gl.constexpr):
         r = gl.arange(0, _ROWS, gl.SliceLayout(1, COPY))
         d = gl.arange(0, D, gl.SliceLayout(0, COPY))
         async_copy.async_copy_global_to_shared(
-            rows.index(WARP * _DEPTH + step % _DEPTH), PART + step.to(gl.int64) * (_ROWS * D) + (r[:, None] * D + d[None, :])
+            rows.index(WARP * _DEPTH + step % _DEPTH),
+            PART + step.to(gl.int64) * (_ROWS * D) + (r[:, None] * D + d[None, :]),
         )
     async_copy.commit_group()
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_attention, reference_select
+from . import partition, reference_attention, reference_select
 from .launches import Plans, Result, Work
 from .partition import Geometry
 
@@ -37,10 +37,11 @@ PLANS = Plans()  # of both operators on all GPUs
 
 def select(
     q: Tensor, k: Tensor, key_mask: Tensor, geometry: Geometry, *,
-    pool: str, mode: str, threshold: float, topk: int, implementation: str,
+    pool: str, mode: str, threshold: float, topk: int, implementation: str, tile: int,
 ) -> Tensor:  # fmt: skip
-    """Bit sets int32 [B, H, N, ceil(C / 32)]; see the operator ``vmoba::select``."""
-    rule: dict[str, Any] = {"pool": pool, "mode": mode, "threshold": threshold, "topk": topk}
+    """Bit sets int32 [B, H, N, ceil(C / 32)], of tiles [B, H, M, W]; see the operator ``vmoba::select``."""
+    check_tile(tile, implementation)
+    rule: dict[str, Any] = {"pool": pool, "mode": mode, "threshold": threshold, "topk": topk, "tile": tile}
     q, k = _with_rows(q), _with_rows(k)
 
     def compute(work: Work) -> Tensor:
@@ -56,25 +57,29 @@ def select(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, geometry: Geometry, *,
-    scale: float, threshold: float, topk: int, implementation: str,
+    scale: float, threshold: float, topk: int, implementation: str, tile: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
+    check_tile(tile, implementation)
+    check_selected(selected, q, geometry, tile)
     q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
     selected, key_mask = selected.contiguous(), key_mask.contiguous()
 
     def compute(work: Work) -> tuple[Tensor, Tensor]:
         share = _share(geometry, threshold, topk)
-        name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+        name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share, tile))
         if name == "reference":
             with torch.autocast(q.device.type, enabled=False):
-                return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale)
+                return reference_attention.attention(q, k, v, selected, key_mask, geometry, scale, tile)
         from . import attend
 
         if implementation == "auto":
-            name = "hopper" if not attend.why_not_hopper(q, k, v) else "triton"
-        return attend.attention(work, q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share)
+            name = "hopper" if not (tile or attend.why_not_hopper(q, k, v)) else "triton"
+        return attend.attention(
+            work, q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share, tile=tile
+        )
 
-    options = ("attention", implementation, geometry, scale, threshold, topk)
+    options = ("attention", implementation, geometry, scale, threshold, topk, tile)
     return _run(compute, options, q, k, v, selected, key_mask)
 
 
@@ -95,6 +100,29 @@ def _share(geometry: Geometry, threshold: float, topk: int) -> float:
     if topk:
         return (min(topk, geometry.num_boxes) - 1) / max(1, geometry.num_boxes - 1)
     return 1.0 if threshold > 0.99 else threshold
+
+
+def check_tile(tile: int, implementation: str) -> None:
+    """ValueError unless tiles of queries may have this size, and the implementation, if named, takes them."""
+    if tile and tile not in partition.TILE_SIZES:
+        sizes = " or ".join(map(str, partition.TILE_SIZES))
+        raise ValueError(f"tile must be 0 (every query selects for itself) or {sizes} tokens, not {tile}")
+    if tile and implementation == "hopper":
+        raise ValueError(
+            "implementation='hopper' takes granularity='token' alone for now; for granularity='tile' use 'auto' or"
+            " 'triton'"
+        )
+
+
+def check_selected(selected: Tensor, q: Tensor, geometry: Geometry, tile: int) -> None:
+    """ValueError unless the bit sets have the shape that the kernels read."""
+    shape = (*q.shape[:2], geometry.by_tile(tile).num_video, geometry.num_words)
+    if selected.shape != shape:
+        rows = f"tiles of {tile} tokens" if tile else "video queries"
+        raise ValueError(
+            f"selected must be [batch, heads, {rows}, words] = {list(shape)}, not {list(selected.shape)};"
+            " give select and attention the same sizes and the same tile"
+        )
 
 
 def _resolve(implementation: str, why_not_triton: Callable[[], str]) -> str:
@@ -150,7 +178,7 @@ def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
     return reason
 
 
-def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float) -> str:
+def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float, tile: int = 0) -> str:
     reason = _no_triton(q)
     if reason:
         return reason
@@ -165,7 +193,7 @@ def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float) -> 
             f"it takes fewer than {attend_lists.MAX_TOKENS} tokens and {attend_lists.MAX_BOXES} boxes, not "
             f"{geometry.num_tokens} and {geometry.num_boxes} (larger blocks have fewer)"
         )
-    pairs = attend.pair_capacity(geometry, q.shape[1], share)
+    pairs = 0 if tile else attend.pair_capacity(geometry, q.shape[1], share)
     if pairs >= 2**31:
         return (
             f"it takes fewer than 2**31 pairs of a query and a box in a sample, not {pairs} (larger blocks have fewer)"

@@ -3,6 +3,8 @@
 ``vmoba::select`` chooses boxes, ``vmoba::attention`` attends to them, ``vmoba::attention_backward`` is its gradient.
 All are functional, return contiguous tensors and take Tensor, int, float, bool and str arguments only. Sizes are
 ``SymInt``, so that one traced graph can serve several grids and layers. A ``key_mask`` without elements means: no mask.
+``tile`` is 0 where every query selects for itself, else the tokens of a tile of queries that selects as one (64 or 128;
+``partition.tile_of`` says which): ``selected`` is [B, H, N, W] or [B, H, M, W] with M tiles.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import implementations, reference_attention
-from .partition import Geometry, box_counts, box_order, unpack_bits
+from .partition import Geometry, box_counts, box_order, queries_per_box, tiles_per_box
 
 _SIZES = "SymInt t, SymInt h, SymInt w, SymInt bt, SymInt bh, SymInt bw, SymInt prefix, SymInt suffix"
 
@@ -26,88 +28,89 @@ def _geometry(t: int, h: int, w: int, bt: int, bh: int, bw: int, prefix: int, su
 
 def _select(
     q: Tensor, k: Tensor, key_mask: Tensor, *sizes: int,
-    pool: str, mode: str, threshold: float, topk: int, implementation: str = "auto",
+    pool: str, mode: str, threshold: float, topk: int, implementation: str = "auto", tile: int = 0,
 ) -> Tensor:  # fmt: skip
     return implementations.select(
         q, k, key_mask, _geometry(*sizes),
-        pool=pool, mode=mode, threshold=threshold, topk=topk, implementation=implementation,
+        pool=pool, mode=mode, threshold=threshold, topk=topk, implementation=implementation, tile=tile,
     )  # fmt: skip
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int,
-    scale: float, threshold: float = 1.0, topk: int = 0, implementation: str = "auto",
+    scale: float, threshold: float = 1.0, topk: int = 0, implementation: str = "auto", tile: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return implementations.attention(
         q, k, v, selected, key_mask, _geometry(*sizes),
-        scale=scale, threshold=threshold, topk=topk, implementation=implementation,
+        scale=scale, threshold=threshold, topk=topk, implementation=implementation, tile=tile,
     )  # fmt: skip
 
 
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, lse: Tensor, delta: Tensor,
-    *sizes: int, scale: float,
+    *sizes: int, scale: float, tile: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    implementations.check_tile(tile, "auto")
+    implementations.check_selected(selected, q, _geometry(*sizes), tile)
     # Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones.
     with torch.autocast(q.device.type, enabled=False):
         return reference_attention.attention_backward(
-            dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale
+            dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale, tile
         )
 
 
 _SCHEMAS = {
     "select": f"(Tensor q, Tensor k, Tensor key_mask, {_SIZES}, *, str pool, str mode, float threshold, int topk,"
-    ' str implementation="auto") -> Tensor',
+    ' str implementation="auto", int tile=0) -> Tensor',
     # threshold and topk are those of the selection, 1 and 0 where it is unknown: they bound the memory for its pairs.
     "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale,"
-    ' float threshold=1.0, int topk=0, str implementation="auto") -> (Tensor, Tensor)',
+    ' float threshold=1.0, int topk=0, str implementation="auto", int tile=0) -> (Tensor, Tensor)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor lse,"
-    f" Tensor delta, {_SIZES}, *, float scale) -> (Tensor, Tensor, Tensor)",
+    f" Tensor delta, {_SIZES}, *, float scale, int tile=0) -> (Tensor, Tensor, Tensor)",
 }
 
 
-def _define(name: str, body: Callable[..., Any], *tags: torch.Tag) -> torch.library.CustomOpDef:
-    first, *others = implementations.DEVICES
-    op = torch.library.custom_op(
-        f"vmoba::{name}", body, mutates_args=(), device_types=first, schema=_SCHEMAS[name], tags=tags
-    )
-    for device in others:
-        op.register_kernel(device, body)
-    return op
+_LIBRARY = torch.library.Library("vmoba", "DEF")
 
 
-select = _define("select", _select)
-attention = _define("attention", _attention)
-# The backward is the reference, which waits for the host: Inductor leaves it out of CUDA graphs.
-attention_backward = _define("attention_backward", _attention_backward, torch.Tag.cudagraph_unsafe)
+def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
+    """One operator. ``torch.library.custom_op`` would cost each call in eager mode some 50 microseconds more."""
+    _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, *tags))
+    for device in implementations.DEVICES:
+        _LIBRARY.impl(name, body, device.upper())
+    torch.library.register_fake(f"vmoba::{name}", fake, lib=_LIBRARY)
 
 
-@select.register_fake
 def _select_fake(
-    q, k, key_mask, t, h, w, bt, bh, bw, prefix, suffix, *, pool, mode, threshold, topk, implementation="auto"
+    q, k, key_mask, t, h, w, bt, bh, bw, prefix, suffix, *, pool, mode, threshold, topk, implementation="auto", tile=0
 ):
     counts = box_counts((t, h, w), (bt, bh, bw))
-    words = (counts[0] * counts[1] * counts[2] + 31) // 32
-    return q.new_empty((q.shape[0], q.shape[1], t * h * w, words), dtype=torch.int32)
+    boxes = counts[0] * counts[1] * counts[2]
+    rows = boxes * tiles_per_box((t, h, w), (bt, bh, bw), tile) if tile else t * h * w
+    return q.new_empty((q.shape[0], q.shape[1], rows, (boxes + 31) // 32), dtype=torch.int32)
 
 
 def _accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@attention.register_fake
-def _attention_fake(q, k, v, selected, key_mask, *sizes, scale, threshold=1.0, topk=0, implementation="auto"):
+def _attention_fake(q, k, v, selected, key_mask, *sizes, scale, threshold=1.0, topk=0, implementation="auto", tile=0):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulator(q))
 
 
-@attention_backward.register_fake
-def _attention_backward_fake(dout, q, k, v, selected, key_mask, lse, delta, *sizes, scale):
+def _attention_backward_fake(dout, q, k, v, selected, key_mask, lse, delta, *sizes, scale, tile=0):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_define("select", _select, _select_fake)
+_define("attention", _attention, _attention_fake)
+# The backward is the reference, which waits for the host: Inductor leaves it out of CUDA graphs.
+_define("attention_backward", _attention_backward, _attention_backward_fake, torch.Tag.cudagraph_unsafe)
 
 
 def _attention_setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, selected, key_mask, *ctx.sizes = inputs
-    ctx.scale = keyword_only_inputs["scale"]
+    ctx.scale, ctx.tile = keyword_only_inputs["scale"], keyword_only_inputs["tile"]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, selected, key_mask, *output)
 
@@ -124,12 +127,14 @@ def _attention_grad(ctx, dout: Tensor | None, dlse: Tensor | None):
     if dlse is not None:
         delta = delta - dlse
     grads = torch.ops.vmoba.attention_backward(
-        dout, q, k, v, selected, key_mask, lse, delta, *ctx.sizes, scale=ctx.scale
+        dout, q, k, v, selected, key_mask, lse, delta, *ctx.sizes, scale=ctx.scale, tile=ctx.tile
     )
     return *grads, *no_grads
 
 
-attention.register_autograd(_attention_grad, setup_context=_attention_setup_context)
+torch.library.register_autograd(
+    "vmoba::attention", _attention_grad, setup_context=_attention_setup_context, lib=_LIBRARY
+)
 
 
 def _no_double_backward(ctx, *grads):
@@ -138,10 +143,10 @@ def _no_double_backward(ctx, *grads):
     )
 
 
-attention_backward.register_autograd(_no_double_backward)
+torch.library.register_autograd("vmoba::attention_backward", _no_double_backward, lib=_LIBRARY)
 
 
-def _selected_pairs(selected: Tensor, geometry: Geometry, heads: int, batch: int) -> int:
+def _selected_pairs(selected: Tensor, geometry: Geometry, heads: int, batch: int, tile: int = 0) -> int:
     """(query, key) pairs that are computed: of the selected boxes, and all pairs with a condition token on either side.
 
     Without data (fake tensors) the selection is unknown, and all pairs are counted: an upper bound.
@@ -153,25 +158,28 @@ def _selected_pairs(selected: Tensor, geometry: Geometry, heads: int, batch: int
     _, starts = box_order(geometry.grid, geometry.block)
     sizes = torch.diff(torch.tensor(starts, device=selected.device))
     per_box = sum(
-        unpack_bits(rows, geometry.num_boxes).sum(0) for sample in selected for rows in sample
+        queries_per_box(rows, geometry, tile) for sample in selected for rows in sample
     )  # one head at a time: the unpacked bits are 32 times the bit sets
     return with_condition + int((per_box * sizes).sum())
 
 
 @register_flop_formula(torch.ops.vmoba.select)
 def select_flops(q_shape, k_shape, mask_shape, *sizes, out_shape=None, **kwargs) -> int:
-    """The gate: one product of every video query with every box mean."""
+    """The gate: one product of every video query (with tiles: of every tile) with every box mean."""
     geometry = _geometry(*sizes)
-    return 2 * q_shape[0] * q_shape[1] * geometry.num_video * geometry.num_boxes * q_shape[3]
+    rows = geometry.by_tile(kwargs.get("tile", 0)).num_video
+    return 2 * q_shape[0] * q_shape[1] * rows * geometry.num_boxes * q_shape[3]
 
 
 @register_flop_formula(torch.ops.vmoba.attention, get_raw=True)
 def attention_flops(q, k, v, selected, key_mask, *sizes, out_val=None, **kwargs) -> int:
     """Two products (scores, values) over the selected pairs."""
-    return 4 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0])
+    tile = kwargs.get("tile", 0)
+    return 4 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0], tile)
 
 
 @register_flop_formula(torch.ops.vmoba.attention_backward, get_raw=True)
 def attention_backward_flops(dout, q, k, v, selected, key_mask, lse, delta, *sizes, out_val=None, **kwargs) -> int:
     """Five products over the selected pairs."""
-    return 10 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0])
+    tile = kwargs.get("tile", 0)
+    return 10 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0], tile)

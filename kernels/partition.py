@@ -15,6 +15,8 @@ import torch
 Triple = tuple[int, int, int]
 
 WORD_BITS = 32
+TILE_OF = {"token": 0, "tile": 128}  # tokens of a tile of queries by granularity, 0: every query selects for itself
+TILE_SIZES = (64, 128)  # what the operators take besides 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class Geometry:
         """int32 words in one query's bit set."""
         return -(-self.num_boxes // WORD_BITS)
 
+    def by_tile(self, tile: int) -> Geometry:
+        """The tiles of queries as the tokens of a video of its own, without condition tokens.
+
+        Its grid is (boxes in time * P, boxes in height, boxes in width) and its blocks are (P, 1, 1), with P tiles a box:
+        the boxes keep their numbers, and raster order is the order of the tiles. ``tile`` 0: the video as it is.
+        """
+        if not tile:
+            return self
+        parts, counts = tiles_per_box(self.grid, self.block, tile), self.counts
+        return Geometry((counts[0] * parts, *counts[1:]), (parts, 1, 1))
+
     @property
     def video(self) -> slice:
         """Where the video tokens lie in the sequence."""
@@ -95,6 +108,46 @@ def box_of(grid: Triple, block: Triple, device: torch.device | str = "cpu") -> t
     return boxes.flatten()
 
 
+def tiles_per_box(grid: Triple, block: Triple, tile: int) -> int:
+    """P, into how many tiles of queries every box is cut: ceil(tokens of a whole box / tile)."""
+    # No comparison that a symbolic size would have to answer.
+    frames, rows, columns = (torch.sym_min(step, size) for step, size in zip(block, grid, strict=True))
+    return (frames * rows * columns + tile - 1) // tile
+
+
+def tile_of(grid: Triple, block: Triple, tile: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Tile of every video token in raster order, int64 [N].
+
+    Every box, ragged ones too, is cut into P parts: its r-th token of n, in raster order within the box, is in part
+    ``r * P // n``, which has at most ``tile`` tokens. Part j of box (a, b, c) is tile
+    ``((a * P + j) * box_rows + b) * box_columns + c``. A box of fewer than P tokens has parts without any.
+    """
+    counts, parts = box_counts(grid, block), tiles_per_box(grid, block, tile)
+    box, place, extent = [], [], []
+    for size, step, shape in zip(grid, block, ((-1, 1, 1), (-1, 1), (-1,)), strict=True):
+        at = torch.arange(size, device=device)
+        number = torch.div(at, step, rounding_mode="floor")
+        box.append(number.view(shape))
+        place.append((at - number * step).view(shape))
+        extent.append((size - number * step).clamp(max=step).view(shape))
+    rank = (place[0] * extent[1] + place[1]) * extent[2] + place[2]  # [T, H, W]
+    part = torch.div(rank * parts, extent[0] * extent[1] * extent[2], rounding_mode="floor")
+    return (((box[0] * parts + part) * counts[1] + box[1]) * counts[2] + box[2]).flatten()
+
+
+def tile_tokens(geometry: Geometry, tile: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Number of video tokens of every tile, int64 [M]."""
+    of = tile_of(geometry.grid, geometry.block, tile, device)
+    return torch.bincount(of, minlength=geometry.by_tile(tile).num_video)
+
+
+def per_token(words: torch.Tensor, geometry: Geometry, tile: int) -> torch.Tensor:
+    """Bit sets of tiles [..., M, W] to those of their tokens [..., N, W]; ``tile`` 0: as they are."""
+    if not tile:
+        return words
+    return words.index_select(-2, tile_of(geometry.grid, geometry.block, tile, words.device))
+
+
 @lru_cache(maxsize=64)
 def _box_order(grid: Triple, block: Triple) -> tuple[torch.Tensor, tuple[int, ...]]:
     boxes = box_of(grid, block)
@@ -124,3 +177,9 @@ def unpack_bits(selected: torch.Tensor, boxes: int) -> torch.Tensor:
     """Bit sets int32 [..., W] to bool [..., C]; the inverse of :func:`pack_bits`."""
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=selected.device)
     return ((selected.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :boxes]
+
+
+def queries_per_box(words: torch.Tensor, geometry: Geometry, tile: int) -> torch.Tensor:
+    """How many video queries selected each box, int64 [C], from one head's bit sets [N, W] or, of tiles, [M, W]."""
+    mask = unpack_bits(words, geometry.num_boxes)
+    return (mask * tile_tokens(geometry, tile, words.device)[:, None]).sum(0) if tile else mask.sum(0)

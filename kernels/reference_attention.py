@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from .partition import Geometry, box_order, unpack_bits
+from .partition import Geometry, box_order, per_token, unpack_bits
 
 # Scores computed at once: small enough to stay in a CPU's caches, large enough to fill a GPU.
 CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**26}
@@ -65,16 +65,18 @@ def attention(
     key_mask: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    tile: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the selected boxes and the condition tokens.
 
-    ``q`` [B, H, S, D], ``k``, ``v`` [B, Hkv, S, D], ``selected`` int32 [B, H, N, W], ``key_mask`` bool [B, S] or no
-    elements. Returns ``out`` [B, H, S, D] in q's dtype and ``lse`` [B, H, S] (natural logarithm, float32 or float64). A
-    query that may attend to nothing gets 0 and an lse of -inf.
+    ``q`` [B, H, S, D], ``k``, ``v`` [B, Hkv, S, D], ``selected`` int32 [B, H, N, W], or [B, H, M, W] with ``tile`` tokens
+    a tile, ``key_mask`` bool [B, S] or no elements. Returns ``out`` [B, H, S, D] in q's dtype and ``lse`` [B, H, S]
+    (natural logarithm, float32 or float64). A query that may attend to nothing gets 0 and an lse of -inf.
     """
     batch, heads, _, head_dim = q.shape
     group = heads // k.shape[1]
     dtype = _accumulator(q)
+    selected = per_token(selected, geometry, tile)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for sample in range(batch):
@@ -86,15 +88,15 @@ def attention(
             peak = queries.new_full((geometry.num_tokens,), float("-inf"))
             total = queries.new_zeros(geometry.num_tokens)
             sums = queries.new_zeros(geometry.num_tokens, head_dim)
-            for tile in tiles(selected[sample, head], valid, geometry):
-                scores = queries[tile.rows] @ keys[tile.keys].T
-                old = peak[tile.rows]
+            for part in tiles(selected[sample, head], valid, geometry):
+                scores = queries[part.rows] @ keys[part.keys].T
+                old = peak[part.rows]
                 new = torch.maximum(old, scores.amax(1))
                 scores.sub_(new[:, None]).exp_()
                 decay = torch.exp(old - new)
-                peak[tile.rows] = new
-                total[tile.rows] = total[tile.rows] * decay + scores.sum(1)
-                sums[tile.rows] = torch.addcmul(scores @ values[tile.keys], sums[tile.rows], decay[:, None])
+                peak[part.rows] = new
+                total[part.rows] = total[part.rows] * decay + scores.sum(1)
+                sums[part.rows] = torch.addcmul(scores @ values[part.keys], sums[part.rows], decay[:, None])
             out[sample, head] = (sums / torch.where(total > 0, total, 1.0)[:, None]).to(q.dtype)
             lse[sample, head] = peak + total.log()
     return out, lse
@@ -111,6 +113,7 @@ def attention_backward(
     delta: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    tile: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`attention` for q, k and v, in their dtypes.
 
@@ -119,6 +122,7 @@ def attention_backward(
     batch, heads = q.shape[:2]
     group = heads // k.shape[1]
     dtype = _accumulator(q)
+    selected = per_token(selected, geometry, tile)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -131,14 +135,14 @@ def attention_backward(
             queries = q[sample, head].to(dtype) * scale
             grad = dout[sample, head].to(dtype)
             query_grad = torch.zeros_like(queries)
-            for tile in tiles(selected[sample, head], valid, geometry):
-                rows, tile_keys, tile_values = queries[tile.rows], keys[tile.keys], values[tile.keys]
-                tile_grad = grad[tile.rows]
-                weights = (rows @ tile_keys.T).sub_(lse[sample, head, tile.rows, None]).exp_()
-                value_grad[tile.keys] += weights.T @ tile_grad
-                dscores = (tile_grad @ tile_values.T).sub_(delta[sample, head, tile.rows, None]).mul_(weights)
-                query_grad[tile.rows] += dscores @ tile_keys
-                key_grad[tile.keys] += dscores.T @ rows
+            for part in tiles(selected[sample, head], valid, geometry):
+                rows, part_keys, part_values = queries[part.rows], keys[part.keys], values[part.keys]
+                part_grad = grad[part.rows]
+                weights = (rows @ part_keys.T).sub_(lse[sample, head, part.rows, None]).exp_()
+                value_grad[part.keys] += weights.T @ part_grad
+                dscores = (part_grad @ part_values.T).sub_(delta[sample, head, part.rows, None]).mul_(weights)
+                query_grad[part.rows] += dscores @ part_keys
+                key_grad[part.keys] += dscores.T @ rows
             dq[sample, head] = (query_grad * scale).to(q.dtype)
             if head % group == group - 1:
                 dk[sample, head // group] = key_grad.to(k.dtype)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from .partition import Geometry, box_order, pack_bits
+from .partition import Geometry, box_order, pack_bits, tile_of, tile_tokens
 
 RANGE_FLOOR = 1e-6  # below this range of the gate every weight is 1
 SUM_FLOOR = 1e-6  # added to the pool's total before dividing by it
@@ -34,6 +34,26 @@ def box_means(keys: torch.Tensor, valid: torch.Tensor | None, geometry: Geometry
         counts.append(weight[start:end].sum())
     size = torch.stack(counts)
     return torch.stack(sums, dim=1) / size.clamp(min=1)[:, None], size > 0
+
+
+def tile_means(queries: torch.Tensor, geometry: Geometry, tile: int) -> torch.Tensor:
+    """Mean query of every tile: ``queries`` [N, D] in raster order to [M, D], float64 sums rounded to their dtype.
+
+    A tile without tokens, in a box of fewer tokens than tiles, has the query of the tile before it in its box.
+    """
+    tokens = tile_tokens(geometry, tile, queries.device)
+    order = torch.argsort(tile_of(geometry.grid, geometry.block, tile, queries.device), stable=True)
+    place = torch.arange(int(tokens.max()), device=queries.device)
+    at = (tokens.cumsum(0) - tokens)[:, None] + place
+    rows = queries[order[at.clamp(max=geometry.num_video - 1)]].double()  # [M, tokens of the longest tile, D]
+    sums = torch.where((place < tokens[:, None])[..., None], rows, 0.0).sum(1)
+    means = (sums / tokens.clamp(min=1)[:, None]).to(queries.dtype)
+    parts, boxes = geometry.by_tile(tile).block[0], geometry.num_boxes
+    frames = geometry.counts[0]
+    number = torch.arange(parts, device=queries.device).view(1, parts, 1).expand(frames, parts, boxes // frames)
+    last = torch.where(tokens.view(number.shape) > 0, number, 0).cummax(1).values
+    grouped = means.view(frames, parts, boxes // frames, -1)
+    return grouped.gather(1, last[..., None].expand_as(grouped)).flatten(0, 2)
 
 
 def choose(
@@ -78,30 +98,36 @@ def select(
     mode: str,
     threshold: float,
     topk: int,
+    tile: int = 0,
 ) -> torch.Tensor:
     """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)].
 
     ``q`` [B, H, S, D], ``k`` [B, Hkv, S, D], ``key_mask`` bool [B, S] or no elements. The box that holds the query is
-    always selected; the others are chosen within ``pool``, never across samples.
+    always selected; the others are chosen within ``pool``, never across samples. With ``tile`` tokens a tile
+    (``partition.tile_of``) the rule is applied to the tiles' mean queries, each of which counts once: [B, H, M, W].
     """
     batch, heads = q.shape[:2]
     boxes, video = geometry.num_boxes, geometry.video
     group = heads // k.shape[1]
-    own = torch.zeros(geometry.num_video, boxes, dtype=torch.bool, device=q.device)
-    order, starts = box_order(geometry.grid, geometry.block, q.device)
+    asking = geometry.by_tile(tile)
+    own = torch.zeros(asking.num_video, boxes, dtype=torch.bool, device=q.device)
+    order, starts = box_order(asking.grid, asking.block, q.device)
     for box, (start, end) in enumerate(pairwise(starts)):
         own[order[start:end], box] = True
 
     fraction = threshold if mode == "threshold" else None
     extra_per_query = min(topk, boxes) - 1
-    selected = torch.empty(batch, heads, geometry.num_video, geometry.num_words, dtype=torch.int32, device=q.device)
+    selected = torch.empty(batch, heads, asking.num_video, geometry.num_words, dtype=torch.int32, device=q.device)
     for sample in range(batch):
         mask = key_mask[sample, video] if key_mask.numel() else None
         means, filled = box_means(k[sample, :, video], mask, geometry)
         together = heads if pool in ("overall", "block") else 1
         for first in range(0, heads, together):
             chunk = range(first, first + together)
-            gate = torch.stack([q[sample, head, video].double() @ means[head // group].T for head in chunk])
+            queries = [q[sample, head, video] for head in chunk]
+            if tile:
+                queries = [tile_means(rows, geometry, tile) for rows in queries]
+            gate = torch.stack([x.double() @ means[head // group].T for x, head in zip(queries, chunk, strict=True)])
             to_pools, from_pools = _pooling(pool, gate.shape)
             extra = extra_per_query * (gate.shape[0] * gate.shape[1] if pool != "query_head" else 1)
             taken = choose(

@@ -27,7 +27,7 @@ HALF_STEP = 2048.0  # what a float16 remainder is scaled by
 
 _SIZES = [
     "kv_heads", "prefix", "frames", "rows", "columns", "bt", "bh", "bw", "box_rows", "box_columns", "splits",
-    "boxes",
+    "boxes", "parts",
 ]  # fmt: skip
 
 
@@ -35,8 +35,8 @@ class Means(NamedTuple):
     """Box means and what the kernels need to know about them."""
 
     terms: torch.Tensor  # [B, Hkv, TERMS, 32 * W, DIM], zero beyond the C boxes and the head_dim components
-    sizes: torch.Tensor  # int32 [B, 32 * W]: tokens of the box, 0 if none of its keys is valid
-    own: torch.Tensor  # int32 [N]: box of each video token
+    sizes: torch.Tensor  # int32 [B, 32 * W]: queries (tokens or tiles) of the box, 0 if none of its keys is valid
+    own: torch.Tensor  # int32 [N]: box of each query (token or tile)
     rescale: float  # factor between one term and the next
 
     @property
@@ -96,7 +96,7 @@ def _add_pieces(
 @triton.jit(do_not_specialize=_SIZES)
 def _join_pieces(
     sums, counts, terms, sizes,
-    kv_heads, frames, rows, columns, bt, bh, bw, box_rows, box_columns, splits, boxes,
+    kv_heads, frames, rows, columns, bt, bh, bw, box_rows, box_columns, splits, boxes, parts,
     DIM: tl.constexpr, TERMS: tl.constexpr, RESCALE: tl.constexpr,
 ):  # fmt: skip
     """Mean of one box (or padding) split into its terms."""
@@ -120,10 +120,10 @@ def _join_pieces(
         mean = (mean - part.to(tl.float32)) * RESCALE
     if head == 0:
         _t0, _h0, _w0, et, eh, ew = box_shape(box, frames, rows, columns, bt, bh, bw, box_rows, box_columns)
-        tl.store(sizes + sample * padded + box, tl.where(count > 0, et * eh * ew, 0))
+        tl.store(sizes + sample * padded + box, tl.where(count > 0, tl.where(parts > 0, parts, et * eh * ew), 0))
 
 
-def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geometry) -> Means:
+def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geometry, tile: int = 0) -> Means:
     """Means of the keys ``k`` [B, Hkv, S, D] (last stride 1) over the boxes of the video tokens."""
     batch, kv_heads, _, head_dim = k.shape
     dim = max(16, power_of_two(head_dim))
@@ -150,7 +150,7 @@ def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geo
     )  # fmt: skip
     work.launch(
         _join_pieces, (padded, kv_heads, batch),
-        sums, counts, terms, sizes, kv_heads, *shape, splits, boxes,
+        sums, counts, terms, sizes, kv_heads, *shape, splits, boxes, geometry.by_tile(tile).block[0] if tile else 0,
         DIM=dim, TERMS=num_terms, RESCALE=rescale, num_warps=1,
     )  # fmt: skip
     return Means(terms, sizes, own, rescale)

@@ -7,6 +7,7 @@ return at once. They make the result exact whatever the values: the second looks
 each level sees ``log2(bins)`` bits of the 32-bit order key, so one level more than cover 32 bits always suffices.
 
 ``query_head`` takes three launches; a selection that compares nothing (own box alone, or everything) three as well.
+Tiles of queries take one more: their means are then the queries of a video of their own, with boxes of the same number.
 The result is the same from run to run: only integers are added atomically, and nothing depends on the order in which
 entries are listed. Source: arXiv 2506.23858, sections 3.3 and 3.4.
 """
@@ -36,6 +37,7 @@ from .select_gate import (
 )
 from .select_means import Means, box_means
 from .select_query import select_rows
+from .select_tiles import mean_queries
 
 BLOCK_Q = 64  # queries of one tile: one warpgroup's wgmma; the reasons are in select_gate
 WARPS, STAGES = 4, 3
@@ -68,8 +70,9 @@ def select(
     mode: str,
     threshold: float,
     topk: int,
+    tile: int = 0,
 ) -> torch.Tensor:
-    """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)].
+    """Bit sets of the boxes that each video query attends to, int32 [B, H, N, ceil(C / 32)]; of tiles [B, H, M, W].
 
     ``q`` and ``k`` have a last stride of 1. As ``reference_select.select``, in float32 accuracy: entries whose weights
     are closer to the cut-off than that may be chosen differently.
@@ -81,8 +84,11 @@ def select(
         )
     batch, heads = q.shape[:2]
     boxes = geometry.num_boxes
+    means = box_means(work, k, key_mask, geometry, tile)
+    if tile:
+        q, own = mean_queries(work, q, geometry, tile)
+        means, geometry = means._replace(own=own), geometry.by_tile(tile)
     words = work.output(batch, heads, geometry.num_video, geometry.num_words, dtype=torch.int32)
-    means = box_means(work, k, key_mask, geometry)
     group = heads // k.shape[1]
     kept = min(topk, boxes) if mode == "topk" else boxes
     everything = threshold >= 1 if mode == "threshold" else kept == boxes

@@ -44,5 +44,21 @@ def box_start(t0, h0, w0, et, eh, rows, columns):
     return t0 * rows * columns + et * (h0 * columns) + et * eh * w0
 
 
+@triton.jit
+def tile_in_box(tile, parts, frames, rows, columns, bt, bh, bw, box_rows, box_columns):
+    """Where the tokens of a tile of queries are: first (frame, row, column) of its box, the box's rows and columns, and
+    the tile's first and last place among the box's tokens (``partition.tile_of``; equal in a tile without tokens)."""
+    plane = box_rows * box_columns
+    a = tile // plane  # frames of boxes * parts + part
+    part = a % parts
+    t0, h0, w0, et, eh, ew = box_shape(
+        (a // parts) * plane + tile % plane, frames, rows, columns, bt, bh, bw, box_rows, box_columns
+    )
+    size = (et * eh * ew).to(tl.int64)  # times the parts it may pass 32 bits
+    first = (part * size + parts - 1) // parts
+    last = ((part + 1) * size + parts - 1) // parts
+    return t0, h0, w0, eh, ew, first.to(tl.int32), last.to(tl.int32)
+
+
 def power_of_two(n: int) -> int:
     return triton.next_power_of_2(max(1, n))

@@ -69,7 +69,7 @@ def numbers(builder: Builder, layout: Layout) -> list[Number] | None:
 def replace_attention(
     call: AttentionCall, builder: Builder, sizes: list[Number], block: list[Number], selection: dict[str, Any]
 ) -> None:
-    """Replace ``call`` by select and attend. ``selection`` holds pool, mode, threshold and topk."""
+    """Replace ``call`` by select and attend. ``selection`` holds pool, mode, threshold, topk and tile."""
     out = value_of(call.node)
     assert isinstance(out, torch.Tensor)
     query, key, value = (_cast(builder, node, out.dtype) for node in (call.query, call.key, call.value))
@@ -82,6 +82,7 @@ def replace_attention(
     # The rule bounds the pairs that it selects, and with them the kernels' buffers.
     by_count = selection["mode"] == "topk"
     bound = {"topk": selection["topk"]} if by_count else {"threshold": selection["threshold"]}
+    bound["tile"] = selection["tile"]
     both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale, **bound)
     result = builder.call(operator.getitem, both, 0)
     call.node.replace_all_uses_with(result)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from ..kernels.partition import TILE_OF
 from .decide import Decision, decide
 from .recognise import SDPA, AttentionCall, attention_call, module_path, source_line, spelling
 from .replace import Builder, numbers, replace_attention
@@ -29,6 +30,8 @@ class Policy(Protocol):
     def threshold(self) -> float: ...
     @property
     def topk(self) -> int | None: ...
+    @property
+    def granularity(self) -> str: ...
     @property
     def dense_layers(self) -> tuple[int, ...]: ...
 
@@ -132,7 +135,8 @@ def _apply(
             **facts,
         )
     selection = {
-        "pool": config.pool, "mode": config.mode, "threshold": float(config.threshold), "topk": config.topk or 0
+        "pool": config.pool, "mode": config.mode, "threshold": float(config.threshold), "topk": config.topk or 0,
+        "tile": TILE_OF[config.granularity],
     }  # fmt: skip
     block = [extent if step is None else step for step, extent in zip(steps, sizes[:3], strict=True)]
     replace_attention(call, builder, sizes, block, selection)
@@ -147,7 +151,7 @@ def _apply(
 
 
 def _density_bound(config: Policy, grid: Triple, steps: tuple[int | None, ...]) -> float:
-    """Largest fraction of (query, box) entries kept: the query's own box, and the share that the rule may add."""
+    """Largest fraction of (query or tile, box) entries kept: the own box, and the share that the rule may add."""
     boxes = 1
     for extent, step in zip(grid, steps, strict=True):
         boxes *= -(-extent // step) if step else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -47,9 +48,10 @@ def test_runs_without_a_gpu(tmp_path):
     (path,) = tmp_path.glob("attention-*.json")
     facts = json.loads(path.read_text())
     assert facts["implementation"] == "reference"
-    assert len(facts["checks"]) == 6 and all(row["held"] and row["differing"] == 0 for row in facts["checks"])
+    assert len(facts["checks"]) == 12 and all(row["held"] and row["differing"] == 0 for row in facts["checks"])
     assert [(row["label"], row["scheme"]) for row in facts["rows"]] == [
-        ("tiny", "1d"), ("tiny", "2d"), ("tiny", "3d"), ("with text, smooth", "1d"), ("with text, smooth", "3d")
+        ("tiny", "1d"), ("tiny", "2d"), ("tiny", "3d"), ("tiny, tiles", "3d"),
+        ("with text, smooth", "1d"), ("with text, smooth", "3d")
     ]  # fmt: skip
     assert all(row["total_ms"] > 0 and row["dense_ms"] > 0 for row in facts["rows"] + facts["scaling"]["rows"])
     assert path.with_suffix(".png").exists()
@@ -99,7 +101,16 @@ def test_a_check_that_does_not_hold(bench, setup, monkeypatch, wrong):
 
     monkeypatch.setattr(bench, "attend", attend)
     rows = bench.run_checks(setup)
-    assert len(rows) == 6 and not any(row["held"] for row in rows)
+    assert len(rows) == 12 and not any(row["held"] for row in rows)
+
+
+def test_tiles_are_not_asked_of_a_kernel_that_refuses_them(bench, setup):
+    tiled = bench.Case("tiny", (3, 4, 5), 1, 16).tiled("3d")
+    assert tiled.label == "tiny, tiles" and setup.takes(tiled)
+    assert not dataclasses.replace(setup, implementation="hopper").takes(tiled)
+    facts = {"rows": [], "portable": [], "flex_attention": []}
+    bench.run_case(tiled, setup, facts)
+    assert [row["granularity"] for row in facts["rows"]] == ["tile"]
 
 
 def test_a_failing_row_leaves_the_others(bench, setup, monkeypatch):

@@ -289,7 +289,13 @@ def test_lists_hold_every_pair_once(masked):
     capacity = case.batch * case.heads * case.num_tokens * (geometry.num_boxes + 1)
     masks = mask_or_empty(tensors).to(DEVICE)
     lists = attend_lists.build(
-        Work(torch.device(DEVICE)), words.to(DEVICE), masks, geometry, capacity=capacity, chunk_pairs=1, ring=2,
+        Work(torch.device(DEVICE)),
+        words.to(DEVICE),
+        masks,
+        geometry,
+        capacity=capacity,
+        chunk_pairs=1,
+        ring=2,
         tile=attend_lists.TILE,
     )
     tiles, _, overflow, _ = lists.totals.tolist()

@@ -75,6 +75,13 @@ ALLOWED_SPILLS = [
     # Not looked into.
     (which("attend_tiles", "sm_100", "bf16", D=256), 384),
     (which("attend_tiles", "sm_90", "bf16", D=128), 128),
+    # Hardly any of it in the loops over keys.
+    (which("attend_queries", "sm_90", "bf16", D=128), 448),
+    (which("attend_queries", "sm_100", "bf16", D=128), 160),
+    (which("attend_queries", "sm_80", "bf16"), 160),
+    # Float32 products without tensor cores; more with triton 3.6.0.
+    (which("attend_queries", "sm_80", "fp32", D=64), 704),
+    (which("attend_queries", "sm_120", "fp32", D=128), 1600),
     # Statistics in float64, once a pool.
     (which("find_bracket"), 128),
     (which("find_cut"), 32),
@@ -85,7 +92,7 @@ ALLOWED_SPILLS = [
     (which("gate_range"), 96),
     # A row of 256 float32 keys and one of values at once; bound by memory.
     (which("pack_keys", dtype="fp32", D=256), 448),
-    (which("pack_keys"), 16),
+    (which("pack_keys"), 32),
     (which("scatter_entries"), 32),
 ]
 

@@ -54,7 +54,12 @@ OPTIONS = [
         "pool must be one of 'head_global', 'query_head', 'block', 'overall'",
     ),
     ("mode_unknown", {"mode": "top_k"}, ValueError, "mode must be one of 'threshold', 'topk', not 'top_k'"),
-    ("granularity_unknown", {"granularity": "box"}, ValueError, "granularity must be one of 'token', not 'box'"),
+    (
+        "granularity_unknown",
+        {"granularity": "box"},
+        ValueError,
+        "granularity must be one of 'token', 'tile', not 'box'",
+    ),
     ("threshold_zero", {"threshold": 0.0}, ValueError, "threshold must be greater than 0"),
     ("threshold_negative", {"threshold": -0.25}, ValueError, "threshold must be greater than 0"),
     ("threshold_nan", {"threshold": float("nan")}, ValueError, "threshold must be greater than 0"),

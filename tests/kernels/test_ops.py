@@ -19,6 +19,7 @@ CASES = {
     "mask": Case(grid=(3, 2, 3), block=(2, 2, 2), prefix=2, masked="tokens", batch=2),
     "one_full_word": Case(grid=(4, 2, 4), block=(1, 1, 1), head_dim=3),
     "many_boxes": Case(grid=(5, 2, 7), block=(1, 1, 1), head_dim=5),
+    "tiles": Case(grid=(3, 8, 9), block=(2, 8, 9), prefix=2, suffix=3, heads=4, batch=2, head_dim=4, tile=128),
 }  # fmt: skip
 UNMASKED = [name for name, case in CASES.items() if case.masked == "none"]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -30,10 +31,11 @@ def call(name: str, case: Case, dtype: torch.dtype = torch.float32, requires_gra
     tensors = case.tensors(dtype)
     q, k, v, mask = *tensors[:3], mask_or_empty(tensors)
     options = {"pool": case.pool, "mode": case.mode, "threshold": case.threshold, "topk": case.topk or 0}
+    options["tile"] = case.tile
     if name == "select":
         return torch.ops.vmoba.select.default, (q, k, mask, *case.sizes), options
     words = torch.ops.vmoba.select(q, k, mask, *case.sizes, **options)
-    scale = {"scale": case.op_scale}
+    scale = {"scale": case.op_scale, "tile": case.tile}
     if name == "attention":
         q, k, v = (x.detach().requires_grad_(requires_grad) for x in (q, k, v))
         return torch.ops.vmoba.attention.default, (q, k, v, words, mask, *case.sizes), scale
@@ -66,7 +68,9 @@ def outputs(result) -> tuple[torch.Tensor, ...]:
 
 
 @every_op
-@pytest.mark.parametrize("case", [CASES["condition"], CASES["mask"]], ids=["no_mask", "mask"])
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("condition", "mask", "tiles")], ids=["no_mask", "mask", "tiles"]
+)
 def test_opcheck(name, case):
     op, args, kwargs = call(name, case, requires_grad=True)
     torch.library.opcheck(op, args, kwargs)
@@ -102,7 +106,7 @@ def test_flops_are_those_of_the_selected_pairs(case):
     tensors = case.leaves()
     pairs = int(case.truth(tensors).pairs.sum())
     boxes = len(oracle.boxes(case.grid, case.block))
-    gate = 2 * case.batch * case.heads * case.num_video * boxes * case.head_dim
+    gate = 2 * case.batch * case.heads * case.num_queries * boxes * case.head_dim
     with FlopCounterMode(display=False) as counter:
         out = sparse(case, tensors)
     assert counter.get_total_flops() == gate + 4 * case.head_dim * pairs
@@ -181,8 +185,9 @@ def test_compiled_under_autocast():
         assert torch.equal(compiled()(case, tensors), sparse(case, tensors))
 
 
+@pytest.mark.parametrize("tile", [0, 128])
 @torch.fx.experimental._config.patch(use_duck_shape=False)
-def test_compiled_for_changing_sizes():
+def test_compiled_for_changing_sizes(tile):
     """One graph for every batch size, grid, block and number of condition tokens.
 
     With duck shapes, sizes that happen to be equal at first would be taken to be equal for good.
@@ -191,14 +196,14 @@ def test_compiled_for_changing_sizes():
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend=compilations)
     def dynamic(q, k, v, grid, block, prefix):
-        return attention(q, k, v, grid, block=block, prefix=prefix)
+        return attention(q, k, v, grid, block=block, prefix=prefix, granularity="tile" if tile else "token")
 
     torch._dynamo.reset()
     counts = []
     for case in (
-        Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, batch=2),
-        Case(grid=(4, 6, 2), block=(3, 4, 5), prefix=7, batch=3),
-        Case(grid=(7, 3, 6), block=(5, 6, 4), prefix=2, batch=5),
+        Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, batch=2, tile=tile),
+        Case(grid=(4, 6, 2), block=(3, 4, 5), prefix=7, batch=3, tile=tile),
+        Case(grid=(7, 3, 6), block=(5, 6, 4), prefix=2, batch=5, tile=tile),
     ):
         tensors = case.tensors()
         out = dynamic(*tensors[:3], case.grid, case.block, case.prefix)
@@ -207,13 +212,16 @@ def test_compiled_for_changing_sizes():
     assert counts[1:] == counts[:-1]
 
 
-def test_compiled_selection():
-    case = CASES["many_boxes"]
+@pytest.mark.parametrize("case", [CASES["many_boxes"], CASES["tiles"]], ids=["tokens", "tiles"])
+def test_compiled_selection(case):
     tensors = case.tensors()
 
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     def masks(q, k):
-        return select(q, k, case.grid, block=case.block, **case.selection).mask()
+        layout = case.layout_arguments
+        return select(
+            q, k, case.grid, block=case.block, granularity=case.granularity, **layout, **case.selection
+        ).mask()
 
     torch._dynamo.reset()
     assert torch.equal(masks(*tensors[:2]), case.truth(tensors).selected)

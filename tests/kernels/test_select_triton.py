@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import interpreter
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from kernel_cases import MASKS, Case, Tensors, cases, mask_or_empty
-from vmoba_compile.kernels import reference_select, select_means, select_query, select_triton
+from vmoba_compile.kernels import reference_select, select_means, select_query, select_tiles, select_triton
 from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_of, unpack_bits
 from vmoba_compile.kernels.select_gate import LIST, SEEK, STATUS, TIES
@@ -60,13 +61,13 @@ def arguments(case: Case, tensors: Tensors) -> tuple:
 
 
 def rule(case: Case) -> dict:
-    return case.selection | {"topk": case.topk or 0}
+    return case.selection | {"topk": case.topk or 0, "tile": case.tile}
 
 
 def run(case: Case, tensors: Tensors) -> torch.Tensor:
     words = select_triton.select(Work(torch.device(DEVICE)), *arguments(case, tensors), **rule(case))
     assert words.is_contiguous()
-    assert words.shape == (case.batch, case.heads, case.num_video, geometry_of(case).num_words)
+    assert words.shape == (case.batch, case.heads, case.num_queries, geometry_of(case).num_words)
     return words
 
 
@@ -75,13 +76,16 @@ def expected(case: Case, tensors: Tensors) -> torch.Tensor:
 
 
 def weights(case: Case, tensors: Tensors) -> torch.Tensor:
-    """float64 [B, H, N, C] between 0 and 1 within each pool; NaN for boxes without keys."""
+    """float64 [B, H, N, C], of tiles [B, H, M, C], between 0 and 1 within each pool; NaN for boxes without keys."""
     geometry, group = geometry_of(case), case.heads // case.kv_heads
     gates = []
     for sample in range(case.batch):
         valid = None if tensors.key_mask is None else tensors.key_mask[sample, geometry.video]
         means, filled = reference_select.box_means(tensors.k[sample, :, geometry.video], valid, geometry)
-        gate = tensors.q[sample, :, geometry.video].double() @ means.repeat_interleave(group, 0).mT
+        queries = tensors.q[sample, :, geometry.video]
+        if case.tile:
+            queries = torch.stack([reference_select.tile_means(rows, geometry, case.tile) for rows in queries])
+        gate = queries.double() @ means.repeat_interleave(group, 0).mT
         gates.append(torch.where(filled, gate, torch.nan))
     gate = torch.stack(gates)
     low = gate.nan_to_num(torch.inf).amin(WITHIN[case.pool], keepdim=True)
@@ -94,7 +98,8 @@ def assert_agrees(case: Case, tensors: Tensors) -> int:
     boxes, bound = geometry_of(case).num_boxes, BOUND[tensors.q.dtype]
     actual = unpack_bits(run(case, tensors), boxes).cpu()
     wanted = unpack_bits(expected(case, tensors), boxes).cpu()
-    own = torch.nn.functional.one_hot(box_of(case.grid, case.block), boxes).bool()
+    asking = geometry_of(case).by_tile(case.tile)
+    own = torch.nn.functional.one_hot(box_of(asking.grid, asking.block), boxes).bool()
     assert actual[..., own].all()
     different = actual != wanted
     if different.any():
@@ -304,6 +309,45 @@ def test_samples_do_not_see_each_other():
         words = run(changed, Tensors(q, k, v, mask))
         alone = run(changed.but(batch=1), Tensors(*(x[1:2] for x in (q, k, v, mask))))
         assert torch.equal(alone, words[1:2])
+
+
+TILES = CASE.but(block=(2, 3, 4), tile=8)  # boxes of 24 to 1 tokens, three tiles each
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_rule
+def test_tiles_of_queries(pool, mode, dtype):
+    case = with_rule(TILES, pool, mode).but(masked="boxes")
+    assert assert_agrees(case, case.tensors(dtype)) <= 2
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("threshold", [1e-9, 0.1, 0.5, 0.9, 1.0])
+def test_thresholds_of_tiles(pool, threshold):
+    case = TILES.but(pool=pool, threshold=threshold, batch=1)
+    assert assert_agrees(case, case.tensors(torch.float32)) == 0
+
+
+@settings(max_examples=5)
+@given(case=cases())
+def test_random_problems_with_tiles(case):
+    assert_agrees(case.but(tile=4), case.tensors(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("layout", "head_dim"), [("packed", 3), ("contiguous", 64), ("permuted", 40)])
+def test_mean_queries(layout, head_dim, dtype):
+    """By plain loops; a tile without tokens has the query before it in its box."""
+    case = TILES.but(layout=layout, head_dim=head_dim, batch=2)
+    q = case.tensors(dtype).q.to(DEVICE)
+    found = select_tiles.mean_queries(q, geometry_of(case), case.tile)
+    video = q[:, :, geometry_of(case).video].double()
+    tiles = oracle.tiles(case.grid, case.block, case.tile)
+    assert any(not tokens for _, tokens, _ in tiles)
+    expected = torch.stack([sum(video[:, :, n] for n in averaged) / len(averaged) for _, _, averaged in tiles], 2)
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    accuracy = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=accuracy, atol=1e-6)
 
 
 def test_double_precision_is_refused():

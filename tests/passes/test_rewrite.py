@@ -215,6 +215,26 @@ def test_new_nodes_carry_metadata():
         assert "example_value" in node.meta and node.meta["nn_module_stack"] and node.meta["stack_trace"]
 
 
+@pytest.mark.parametrize(("granularity", "tile"), [("token", 0), ("tile", 128)])
+def test_granularity_reaches_the_operators(granularity, tile):
+    config = VMoBAConfig(min_tokens=0, granularity=granularity)
+    model, x = Blocks(), video()
+    capture, found = compiled(model, x, config=config)
+    added = [n for n in capture.graphs[0].graph.nodes if "vmoba" in str(n.target)]
+    assert [node.kwargs["tile"] for node in added] == [tile] * 4
+    rows = added[0].meta["example_value"].shape[2]
+    assert rows == (2 if tile else 24)  # "1d": two boxes of a frame, one tile each
+    found.sum().backward()
+    assert model.patch.weight.grad.isfinite().all()
+
+
+def test_tiles_in_an_exported_program():
+    model, x = Blocks().eval(), video()
+    report, program = exported(model, x, config=VMoBAConfig(min_tokens=0, granularity="tile", threshold=1.0))
+    assert len(report.rewritten) == 2
+    torch.testing.assert_close(program.run_decompositions({}).module()(x), model(x))
+
+
 def test_exported_program_decomposes_and_runs():
     model, x = Blocks().eval(), video()
     report, program = exported(model, x)
@@ -234,10 +254,11 @@ def test_attention_that_is_an_output_keeps_its_name():
 # Dynamic shapes
 
 
-def test_dynamic_grid_serves_every_size_without_recompiling():
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+def test_dynamic_grid_serves_every_size_without_recompiling(granularity):
     model = Blocks().eval()
     torch._dynamo.reset()
-    capture = Capture(EVERYTHING)
+    capture = Capture(VMoBAConfig(threshold=1.0, min_tokens=0, granularity=granularity))
     run = torch.compile(model, backend=capture, dynamic=True, fullgraph=True)
     with torch.no_grad():
         for grid in [(2, 3, 4), (3, 4, 5), (5, 2, 7), (4, 6, 3)]:

@@ -71,16 +71,18 @@ def tensors(geometry: Geometry, dtype: torch.dtype, head_dim: int, *, batch=1, h
 
 
 def select(geometry: Geometry, dtype: torch.dtype, head_dim: int, pool: str, mode: str, **rest: Any) -> None:
-    rule = {"threshold": rest.pop("threshold", 0.25), "topk": rest.pop("topk", 3)}
+    rule = {"threshold": rest.pop("threshold", 0.25), "topk": rest.pop("topk", 3), "tile": rest.pop("tile", 0)}
     q, k, _, mask = tensors(geometry, dtype, head_dim, **rest)
     select_triton.select(WORK, q, k, mask, geometry, pool=pool, mode=mode, **rule)
 
 
-def attention(implementation: str, geometry: Geometry, dtype: torch.dtype, head_dim: int, **rest: Any) -> None:
+def attention(
+    implementation: str, geometry: Geometry, dtype: torch.dtype, head_dim: int, *, tile: int = 0, **rest: Any
+) -> None:
     q, k, v, mask = tensors(geometry, dtype, head_dim, **rest)
-    words = meta((*q.shape[:2], geometry.num_video, geometry.num_words), torch.int32)
-    scale = head_dim**-0.5
-    attend.attention(WORK, q, k, v, words, mask, geometry, scale, implementation=implementation, share=0.25)
+    words = meta((*q.shape[:2], geometry.by_tile(tile).num_video, geometry.num_words), torch.int32)
+    options: dict[str, Any] = {"implementation": implementation, "share": 0.25, "tile": tile}
+    attend.attention(WORK, q, k, v, words, mask, geometry, head_dim**-0.5, **options)
 
 
 def run_everything(capability: tuple[int, int]) -> None:
@@ -95,6 +97,11 @@ def run_everything(capability: tuple[int, int]) -> None:
         attention("triton", PLAIN, FP32, 128)
     # head_dim 40 and 80 are padded, and 40 strides by what is no multiple of 16.
     attention("triton", WITH_TEXT, BF16, 40, **other)
+    for dtype, head_dim in [(BF16, 128), (BF16, 64), (BF16, 256), (FP32, 64)]:
+        attention("triton", PLAIN, dtype, head_dim, tile=128)
+    attention("triton", WITH_TEXT, FP16, 128, tile=64, **other)
+    if capability == SMALLEST:
+        attention("triton", PLAIN, FP32, 128, tile=128)
     select(HALF_AS_MANY if capability == SMALLEST else MANY_BOXES, BF16, 128, "query_head", "threshold")
     for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64)]:
         select(PLAIN, dtype, head_dim, "query_head", "threshold")
@@ -106,6 +113,8 @@ def run_everything(capability: tuple[int, int]) -> None:
     select(PLAIN, BF16, 128, "block", "threshold")
     select(PLAIN, FP32, 64, "block", "threshold")
     select(WITH_TEXT, BF16, 80, "head_global", "threshold", **other)
+    select(PLAIN, BF16, 128, "head_global", "threshold", tile=128)
+    select(PLAIN, FP32, 256, "query_head", "threshold", tile=128)
     select(PLAIN, BF16, 128, "query_head", "topk", topk=1)  # own box
     select(PLAIN, BF16, 128, "query_head", "threshold", threshold=1.0)  # everything
 

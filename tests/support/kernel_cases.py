@@ -40,6 +40,7 @@ class Case:
     mode: str = "threshold"
     threshold: float = 0.25
     topk: int | None = None
+    tile: int = 0  # tokens of a tile of queries: partition.TILE_OF has it too
     masked: str = "none"
     layout: str = "permuted"
     scale: float | None = None
@@ -52,6 +53,15 @@ class Case:
     @property
     def num_tokens(self) -> int:
         return self.prefix + self.num_video + self.suffix
+
+    @property
+    def num_queries(self) -> int:
+        """That select: video tokens, or tiles of them."""
+        return len(oracle.tiles(self.grid, self.block, self.tile)) if self.tile else self.num_video
+
+    @property
+    def granularity(self) -> str:
+        return "tile" if self.tile else "token"
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -114,7 +124,7 @@ class Case:
         """The oracle's selection, pairs, out and lse."""
         q, k, v, key_mask = tensors
         layout = self.layout_arguments | {"key_mask": key_mask}
-        selected = oracle.select(q, k, self.grid, self.block, **layout, **self.selection)
+        selected = oracle.select(q, k, self.grid, self.block, tile=self.tile, **layout, **self.selection)
         pairs = oracle.allowed(selected, self.grid, self.block, **layout)
         return Truth(selected, pairs, *oracle.attend(q, k, v, pairs, self.scale))
 
@@ -127,22 +137,25 @@ def mask_or_empty(tensors: Tensors) -> Tensor:
 def choose(case: Case, tensors: Tensors) -> Selection:
     """The package's selection."""
     return select(
-        *tensors[:2], case.grid, block=case.block, key_mask=tensors.key_mask, **case.layout_arguments, **case.selection
-    )
+        *tensors[:2], case.grid, block=case.block, key_mask=tensors.key_mask, granularity=case.granularity,
+        **case.layout_arguments, **case.selection,
+    )  # fmt: skip
 
 
 def sparse(case: Case, tensors: Tensors) -> Tensor:
     """The package's attention."""
     return attention(
         *tensors[:3], case.grid, block=case.block, key_mask=tensors.key_mask, scale=case.scale,
-        **case.layout_arguments, **case.selection,
+        granularity=case.granularity, **case.layout_arguments, **case.selection,
     )  # fmt: skip
 
 
 def operator(case: Case, tensors: Tensors) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """``torch.ops.vmoba.attention``, which returns out and lse, as a function of q, k and v; the selection is fixed."""
     words, mask = choose(case, tensors).words, mask_or_empty(tensors)
-    return lambda q, k, v: torch.ops.vmoba.attention(q, k, v, words, mask, *case.sizes, scale=case.op_scale)
+    return lambda q, k, v: torch.ops.vmoba.attention(
+        q, k, v, words, mask, *case.sizes, scale=case.op_scale, tile=case.tile
+    )
 
 
 class Truth(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -25,6 +26,24 @@ def boxes(grid: Triple, block: Triple) -> list[list[int]]:
         for y0 in range(0, rows, block[1])
         for x0 in range(0, columns, block[2])
     ]
+
+
+def tiles(grid: Triple, block: Triple, tile: int) -> list[tuple[int, list[int], list[int]]]:
+    """Of every tile of queries: its box, its tokens, and the tokens whose mean is its query. In the order of tiles."""
+    members = boxes(grid, block)
+    parts = math.ceil(len(members[0]) / tile)  # the first box is a whole one
+    frames = math.ceil(grid[0] / block[0])
+    found = []
+    for a in range(frames):
+        for part in range(parts):
+            for box in range(a * len(members) // frames, (a + 1) * len(members) // frames):
+                tokens = members[box]
+                part_of = [rank * parts // len(tokens) for rank in range(len(tokens))]
+                mine = [token for token, other in zip(tokens, part_of, strict=True) if other == part]
+                before = [token for token, other in zip(tokens, part_of, strict=True) if other < part]
+                assert len(mine) <= tile
+                found.append((box, mine, mine or before[-1:]))
+    return found
 
 
 def gate(q: Tensor, k: Tensor, members: list[list[int]], valid: list[bool]) -> dict[Entry, float]:
@@ -73,11 +92,19 @@ def select(
     mode: str = "threshold",
     threshold: float = 0.25,
     topk: int | None = None,
+    tile: int = 0,
 ) -> Tensor:
-    """Boxes that each video query attends to, bool [B, H, N, C]."""
+    """Boxes that each video query attends to, bool [B, H, N, C]; with ``tile`` chosen for tiles of queries."""
     members = boxes(grid, block)
-    own = {token: box for box, tokens in enumerate(members) for token in tokens}
     batch, heads, video = q.shape[0], q.shape[1], slice(prefix, q.shape[2] - suffix)
+    queries = q[:, :, video]
+    if tile:
+        asking = tiles(grid, block, tile)
+        queries = torch.stack([queries[:, :, mean].double().mean(2) for _, _, mean in asking], 2).to(q.dtype)
+    else:
+        box_of = {token: box for box, tokens in enumerate(members) for token in tokens}
+        asking = [(box_of[token], [token], [token]) for token in range(len(box_of))]
+    own = {query: box for query, (box, _, _) in enumerate(asking)}
     extra = (min(topk or 1, len(members)) - 1) * {"head_global": len(own), "overall": heads * len(own)}.get(pool, 1)
     pool_of = {
         "head_global": lambda box, query, head: head,
@@ -85,17 +112,18 @@ def select(
         "block": lambda box, query, head: box,
         "overall": lambda box, query, head: 0,
     }[pool]
-    selected = torch.zeros(batch, heads, len(own), len(members), dtype=torch.bool)
-    for token, box in own.items():
-        selected[:, :, token, box] = True
+    num_video = sum(map(len, members))
+    selected = torch.zeros(batch, heads, num_video, len(members), dtype=torch.bool)
+    for box, tokens, _ in asking:
+        selected[:, :, tokens, box] = True
     for sample in range(batch):
-        valid = [True] * len(own) if key_mask is None else key_mask[sample, video].tolist()
+        valid = [True] * num_video if key_mask is None else key_mask[sample, video].tolist()
         pools: dict[object, dict[Entry, float]] = defaultdict(dict)
-        for entry, value in gate(q[sample, :, video], k[sample, :, video], members, valid).items():
+        for entry, value in gate(queries[sample], k[sample, :, video], members, valid).items():
             pools[pool_of(*entry)][entry] = value
         for values in pools.values():
             for box, query, head in take(values, own, threshold if mode == "threshold" else None, extra):
-                selected[sample, head, query, box] = True
+                selected[sample, head, asking[query][1], box] = True
     return selected.to(q.device)
 
 

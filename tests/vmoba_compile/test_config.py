@@ -18,6 +18,7 @@ CONFIGS = {
     "default": VMoBAConfig(),
     "topk": VMoBAConfig(mode="topk", topk=3, pool="query_head"),
     "blocks": VMoBAConfig(blocks={"1d": (3, None, None), "3d": {"count": (3, 6, 4)}}),
+    "tile": VMoBAConfig(granularity="tile"),
     "dense": VMoBAConfig(dense_steps=5, dense_layers=[3, 0], min_tokens=1000),
 }
 

@@ -57,7 +57,7 @@ AT_ONCE = {
     "mode": (lambda: VMoBAConfig(mode="top"), ValueError, "mode must be one of 'threshold', 'topk'"),
     "topk missing": (lambda: VMoBAConfig(mode="topk"), ValueError, "needs topk of at least 1"),
     "topk in block": (lambda: VMoBAConfig(mode="topk", topk=2, pool="block"), ValueError, "'block' has no top-k rule"),
-    "granularity": (lambda: VMoBAConfig(granularity="tile"), ValueError, "granularity must be one of 'token'"),
+    "granularity": (lambda: VMoBAConfig(granularity="box"), ValueError, "granularity must be one of 'token', 'tile'"),
     "blocks scheme": (lambda: VMoBAConfig(blocks={"4d": (1, 1, 1)}), ValueError, "unknown scheme '4d'"),
     "blocks size": (lambda: VMoBAConfig(blocks={"1d": (0, 1, 1)}), ValueError, r"blocks\['1d'\] must be three integers"),
     "blocks count": (lambda: VMoBAConfig(blocks={"1d": {"boxes": 3}}), ValueError, "must be sizes or {'count'"),
