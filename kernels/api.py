@@ -234,7 +234,7 @@ def attention(
         q, k, v, words, mask, *geometry.grid, *geometry.block, prefix, suffix,
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), implementation=implementation,
         threshold=float(threshold) if mode == "threshold" else 1.0, topk=(topk or 0) if mode == "topk" else 0,
-        tile=tile,
+        tile=tile, pool=pool,
     )[0]  # fmt: skip
 
 

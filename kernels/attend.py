@@ -39,11 +39,12 @@ def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def attention(
     work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, geometry: Geometry, scale: float,
-    *, implementation: str, share: float, tile: int = 0,
+    *, implementation: str, share: float, by_head: bool, tile: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton"; of tiles by "triton".
 
-    At most ``share`` of the other boxes' entries of a sample are selected; where a selection has more, all is NaN.
+    At most ``share`` of the other boxes' entries of a sample, or of a head if ``by_head``, are selected; where a
+    selection has more, all is NaN.
     Tiles of queries have no such bound.
     """
     batch, heads, kv_heads = *q.shape[:2], k.shape[1]
@@ -63,7 +64,7 @@ def attention(
     capacity = pair_capacity(geometry, heads, share)
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
     parts = 1
-    if together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
+    if by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
         parts = min(kv_heads, math.ceil(4 * capacity * batch / (ENTRY_SHARE * tensor_bytes)))
     step = math.ceil(kv_heads / parts)
     for i in range(0, batch, together):
@@ -75,9 +76,11 @@ def attention(
             inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
             count, here = inputs[0].shape[:2]
             pairs = count * pair_capacity(geometry, here, share)
+            of_head = pair_capacity(geometry, 1, share) if by_head else pairs
             tables = 17 * pairs // 4 + 8 * count * here * geometry.num_tokens  # entries, tiles, places
             with work.section():
                 run(
-                    work, *inputs, mask, out[own], lse[own], geometry, scale, pairs, max(scratch - tables, scratch // 4)
-                )
+                    work, *inputs, mask, out[own], lse[own], geometry, scale,
+                    capacity=pairs, head_capacity=of_head, scratch=max(scratch - tables, scratch // 4),
+                )  # fmt: skip
     return out, lse

@@ -136,9 +136,12 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def attention(
     work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
-    geometry: Geometry, scale: float, capacity: int, scratch: int,
+    geometry: Geometry, scale: float, *, capacity: int, head_capacity: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
+    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, ``head_capacity`` of a head.
+
+    About ``scratch`` bytes of buffers.
+    """
     batch, heads, tokens, head_dim = q.shape
     dim = max(64, power_of_two(head_dim))
     boxes = geometry.num_boxes + (geometry.num_condition > 0)
@@ -148,10 +151,10 @@ def attention(
     row_bytes, slack = dim * 2 + 4, attend_lists.GROUP * boxes
     slots = min((scratch - 4 * packed_shape[0] * dim) // row_bytes, (2**31 - 1) // dim)
     ring = 3 if slots > 9 * slack else 2  # chunks of partials
-    chunk_pairs = min(max(slots // ring - slack, slack), triton.cdiv(capacity, batch * heads))
+    chunk_pairs = min(max(slots // ring - slack, slack), head_capacity)
     lists = attend_lists.build(
         work, words, key_mask, geometry,
-        capacity=capacity, chunk_pairs=chunk_pairs, ring=ring, tile=PART_QUERIES * PARTS,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring, tile=PART_QUERIES * PARTS,
     )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)

@@ -185,9 +185,9 @@ def entries_in(COUNT, TOTAL, row, groups, first, last, inside):
     return a, tl.where(last < groups, b, end)
 
 
-@triton.jit(do_not_specialize=["num_heads", "boxes", "groups", "chunk_pairs", "per_head", "capacity"])
+@triton.jit(do_not_specialize=["num_heads", "boxes", "groups", "chunk_pairs", "per_head", "capacity", "head_capacity"])
 def cut_chunks(
-    COUNT, TOTAL, START, CUT, TOTALS, num_heads, boxes, groups, chunk_pairs, per_head, capacity,
+    COUNT, TOTAL, START, CUT, TOTALS, num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per possible chunk: its groups and its number of tiles. One more: where each list starts."""
@@ -200,7 +200,11 @@ def cut_chunks(
             total = tl.load(TOTAL + row, mask=r < num_heads * boxes, other=0).to(tl.int64)
             tl.store(START + r, before + tl.cumsum(total, 0) - total, mask=r < num_heads * boxes)
             before += tl.sum(total)
-        tl.store(TOTALS + 2, (before > capacity).to(tl.int32))
+        most = 0
+        for h0 in range(0, num_heads, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            most = tl.maximum(most, tl.max(tl.load(TOTAL + h * (boxes + 1) + boxes, mask=h < num_heads, other=0)))
+        tl.store(TOTALS + 2, ((before > capacity) | (most > head_capacity)).to(tl.int32))
     else:
         head, chunk = (program // per_head).to(tl.int64), program % per_head
         pairs = COUNT + (head * (boxes + 1) + boxes) * groups  # pairs of the head before each group
@@ -363,19 +367,20 @@ def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) 
 
 def build(
     work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry,
-    *, capacity: int, chunk_pairs: int, ring: int, tile: int,
+    *, capacity: int, head_capacity: int, chunk_pairs: int, ring: int, tile: int,
 ) -> Lists:  # fmt: skip
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
-    ``capacity`` bounds the pairs of all heads, ``chunk_pairs`` the pairs of a chunk (but for one group of queries);
-    the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows; a tile has up to ``tile`` queries.
+    ``capacity`` bounds the pairs of all heads, ``head_capacity`` those of one, ``chunk_pairs`` those of a chunk (but
+    for one group of queries); the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows; a tile has up to
+    ``tile`` queries.
     """
     batch, heads = words.shape[:2]
     num_heads, tokens, num_boxes = batch * heads, geometry.num_tokens, geometry.num_boxes
     boxes = num_boxes + (geometry.num_condition > 0)
     groups = triton.cdiv(tokens, GROUP)
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
-    per_head = triton.cdiv(tokens * boxes, chunk_pairs)
+    per_head = triton.cdiv(min(head_capacity, tokens * boxes), chunk_pairs)
     max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
     max_tiles = triton.cdiv(capacity, tile) + max_chunks * boxes
     masked = key_mask.numel() > 0
@@ -392,7 +397,7 @@ def build(
     totals = new(4)
     work.launch(
         cut_chunks, (num_heads * per_head + 1,), count, total, start, cut, totals,
-        num_heads, boxes, groups, chunk_pairs, per_head, capacity, TILE=tile, BLOCK=256, num_warps=2,
+        num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, TILE=tile, BLOCK=256, num_warps=2,
     )  # fmt: skip
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)

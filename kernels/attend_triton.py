@@ -117,9 +117,12 @@ def attend_tiles(
 
 def attention(
     work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
-    geometry: Geometry, scale: float, capacity: int, scratch: int,
+    geometry: Geometry, scale: float, *, capacity: int, head_capacity: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, about ``scratch`` bytes of buffers."""
+    """Fill ``out`` and ``lse`` of one group of samples; ``capacity`` pairs in all, ``head_capacity`` of a head.
+
+    About ``scratch`` bytes of buffers.
+    """
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group, num_heads = heads // kv_heads, batch * heads
@@ -130,24 +133,24 @@ def attention(
     together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))  # kv heads packed at a time
 
     row_bytes = dim * q.element_size() + 4
-    per_head = min(triton.cdiv(capacity, num_heads), tokens * boxes)
+    head_capacity = min(head_capacity, tokens * boxes)
     slack = attend_lists.GROUP * boxes
     left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
-    chunk_pairs = max(min(per_head, left - slack), slack)
+    chunk_pairs = max(min(head_capacity, left - slack), slack)
     ring = max(1, min(together * group, left // (chunk_pairs + slack)))
     lists = attend_lists.build(
-        work, words, key_mask, geometry, capacity=capacity, chunk_pairs=chunk_pairs, ring=ring, tile=TILE
-    )
+        work, words, key_mask, geometry,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring, tile=TILE,
+    )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
     packed = PackedKeys(work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=together)
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
-    most_pairs = tokens * boxes  # of one head
     for first in range(0, batch * kv_heads, together):
         count = min(together, batch * kv_heads - first)
         packed.fill(first, count)
         bounds = first * group, (first + count) * group
-        in_group = min(count * group * most_pairs, capacity)
-        chunks = min(count * group * triton.cdiv(most_pairs, lists.chunk_pairs),
+        in_group = min(count * group * head_capacity, capacity)
+        chunks = min(count * group * triton.cdiv(head_capacity, lists.chunk_pairs),
                      count * group + in_group // lists.chunk_pairs)  # fmt: skip
         tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
         for turn in range(triton.cdiv(chunks, ring)):

@@ -57,7 +57,7 @@ def select(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, geometry: Geometry, *,
-    scale: float, threshold: float, topk: int, implementation: str, tile: int,
+    scale: float, threshold: float, topk: int, implementation: str, tile: int, pool: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
     check_tile(tile, implementation)
@@ -76,10 +76,21 @@ def attention(
         if implementation == "auto":
             name = "hopper" if not (tile or attend.why_not_hopper(q, k, v)) else "triton"
         return attend.attention(
-            work, q, k, v, selected, key_mask, geometry, scale, implementation=name, share=share, tile=tile
+            work,
+            q,
+            k,
+            v,
+            selected,
+            key_mask,
+            geometry,
+            scale,
+            implementation=name,
+            share=share,
+            tile=tile,
+            by_head=pool in ("head_global", "query_head"),
         )
 
-    options = ("attention", implementation, geometry, scale, threshold, topk, tile)
+    options = ("attention", implementation, geometry, scale, threshold, topk, tile, pool)
     return _run(compute, options, q, k, v, selected, key_mask)
 
 

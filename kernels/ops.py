@@ -39,10 +39,11 @@ def _select(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, *sizes: int,
     scale: float, threshold: float = 1.0, topk: int = 0, implementation: str = "auto", tile: int = 0,
+    pool: str = "overall",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return implementations.attention(
         q, k, v, selected, key_mask, _geometry(*sizes),
-        scale=scale, threshold=threshold, topk=topk, implementation=implementation, tile=tile,
+        scale=scale, threshold=threshold, topk=topk, implementation=implementation, tile=tile, pool=pool,
     )  # fmt: skip
 
 
@@ -62,9 +63,9 @@ def _attention_backward(
 _SCHEMAS = {
     "select": f"(Tensor q, Tensor k, Tensor key_mask, {_SIZES}, *, str pool, str mode, float threshold, int topk,"
     ' str implementation="auto", int tile=0) -> Tensor',
-    # threshold and topk are those of the selection, 1 and 0 where it is unknown: they bound the memory for its pairs.
+    # threshold, topk and pool are those of the selection; the defaults are for any. They bound the memory for its pairs.
     "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale,"
-    ' float threshold=1.0, int topk=0, str implementation="auto", int tile=0) -> (Tensor, Tensor)',
+    ' float threshold=1.0, int topk=0, str implementation="auto", int tile=0, str pool="overall") -> (Tensor, Tensor)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor lse,"
     f" Tensor delta, {_SIZES}, *, float scale, int tile=0) -> (Tensor, Tensor, Tensor)",
 }
@@ -94,7 +95,9 @@ def _accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _attention_fake(q, k, v, selected, key_mask, *sizes, scale, threshold=1.0, topk=0, implementation="auto", tile=0):
+def _attention_fake(
+    q, k, v, selected, key_mask, *sizes, scale, threshold=1.0, topk=0, implementation="auto", tile=0, pool="overall"
+):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulator(q))
 
 

@@ -82,7 +82,7 @@ def replace_attention(
     # The rule bounds the pairs that it selects, and with them the kernels' buffers.
     by_count = selection["mode"] == "topk"
     bound = {"topk": selection["topk"]} if by_count else {"threshold": selection["threshold"]}
-    bound["tile"] = selection["tile"]
+    bound |= {"tile": selection["tile"], "pool": selection["pool"]}
     both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale, **bound)
     result = builder.call(operator.getitem, both, 0)
     call.node.replace_all_uses_with(result)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from kernel_cases import LAYOUTS, MASKS, TOLERANCE, Case, Tensors, Truth, cases, choose, mask_or_empty, relative
 from vmoba_compile.kernels import attend, attend_lists, attend_pack, attend_tiles, attention, partition
+from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, tile_of, unpack_bits
 
 ON_GPU = torch.cuda.is_available()
@@ -30,9 +31,11 @@ def small(monkeypatch):
 @pytest.fixture
 def tight(monkeypatch):
     """Hardly any scratch memory: one head at a time."""
-    monkeypatch.setattr(attend, "SCRATCH_FLOOR", 0)
-    monkeypatch.setattr(attend, "SCRATCH_SHARE", 0.01)
+    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
+    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
 
+
+WORK = Work(torch.device(DEVICE))
 
 # Boxes of 40 and 20 tokens in three tiles each; three blocks of keys, the last ragged.
 CASE = Case(
@@ -144,14 +147,22 @@ def test_scratch_memory(geometry, monkeypatch):
     q = torch.zeros(1, 12, geometry.num_tokens, 128, dtype=torch.bfloat16, device="meta")
     words = torch.zeros(1, 12, geometry.by_tile(128).num_video, geometry.num_words, dtype=torch.int32, device="meta")
     mask = torch.zeros(0, dtype=torch.bool, device="meta")
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="meta")
     scratch = int(0.2 * 4 * q.numel() * 2)
-    made, launched, empty = [], [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **rest: (made.append(empty(*shape, **rest)), made[-1])[1])
-    for module in (attend_tiles, attend_pack, attend_lists):
-        monkeypatch.setattr(module, "launch", lambda kernel, *rest, **options: launched.append(kernel))
+    made, launched = [], []
+
+    class Counting(Work):
+        def empty(self, *shape, dtype):
+            made.append(super().empty(*shape, dtype=dtype))
+            return made[-1]
+
+        def launch(self, kernel, grid, *args, **options):
+            launched.append(kernel)
+
     monkeypatch.setattr(attend_tiles, "program_shape", lambda q: (128, 64, 4, 2))
-    out, lse = attend_tiles.attention(q, q, q, words, mask, geometry, 1.0, tile=128, scratch=scratch)
-    buffers = sum(x.numel() * x.element_size() for x in made) - 2 * out.numel() - 4 * lse.numel()
+    work = Counting(q.device)
+    attend_tiles.attention(work, q, q, q, words, mask, out, lse, geometry, 1.0, tile=128, scratch=scratch)
+    buffers = sum(x.numel() * x.element_size() for x in made)
     assert 0.5 * scratch < buffers < scratch + 16 * geometry.num_tokens
     assert launched.count(attend_tiles.attend_queries) == 3
 
@@ -251,17 +262,15 @@ def test_lists(masked):
     tiles = geometry.by_tile(TILE).num_video
     stride, rows = attend_pack.packed_rows(geometry, KEYS)
     most, boxes = rows // KEYS, geometry.num_boxes + 1
-    _, span = attend_lists.list_all_keys(mask, geometry, case.batch, words.device)
+    _, span = attend_lists.list_all_keys(WORK, mask, geometry, case.batch)
     blocks = torch.empty(case.heads, tiles + 1, most, dtype=torch.int32, device=DEVICE)
     count = torch.empty(case.heads, tiles + 1, 2, dtype=torch.int32, device=DEVICE)
     order = torch.empty(case.heads, tiles + 1, dtype=torch.int32, device=DEVICE)
-    attend_tiles.launch(
+    WORK.launch(
         attend_tiles.list_blocks, (tiles + 1, case.heads), words, span, blocks, count, 0, case.heads, tiles,
         geometry.num_boxes, boxes, stride, most, 0, BLOCK=KEYS, STEP=8,
     )  # fmt: skip
-    attend_tiles.launch(
-        attend_tiles.order_tiles, (1, case.heads), count, order, tiles + 1, BLOCK=16 if tiles < 16 else 128
-    )
+    WORK.launch(attend_tiles.order_tiles, (1, case.heads), count, order, tiles + 1, BLOCK=16 if tiles < 16 else 128)
     selected = torch.nn.functional.pad(unpack_bits(words[0], geometry.num_boxes), (0, 1, 0, 1), value=True)
     for head in range(case.heads):
         for tile in range(tiles + 1):
@@ -283,7 +292,7 @@ def test_queries_of_tiles():
     geometry = Geometry((3, 4, 5), (2, 4, 3), 3, 20)
     tiles = geometry.by_tile(TILE).num_video
     queries = torch.empty(tiles + 2, TILE, dtype=torch.int32, device=DEVICE)
-    attend_tiles.launch(
+    WORK.launch(
         attend_tiles.list_queries, (tiles + 2,), queries, tiles, geometry.by_tile(TILE).block[0], geometry.prefix,
         geometry.suffix, *geometry.grid, *geometry.block, *geometry.counts[1:], TILE=TILE,
     )  # fmt: skip

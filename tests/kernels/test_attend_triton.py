@@ -234,6 +234,28 @@ def test_more_pairs_than_the_rule_allows_is_nan(implementation):
 
 
 @every_implementation
+def test_one_head_with_more_than_its_share_is_nan(implementation):
+    """With a pool of one head the lists of each head have their own bound: a sample within its own is not enough."""
+    case = Case(grid=(4, 6, 6), block=(1, 1, 2), heads=4, kv_heads=4, head_dim=64, threshold=0.3)
+    tensors = case.tensors(torch.bfloat16)
+    words = torch.zeros_like(choose(case, tensors).words)
+    words[:, 2] = -1
+    q, k, v = (x[:, 2].float() for x in tensors[:3])
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert (
+        relative(run(case, tensors, implementation, words, threshold=0.3)[0][:, 2], dense) < TOLERANCE[torch.bfloat16]
+    )
+    assert run(case, tensors, implementation, words, threshold=0.3, pool="head_global")[0].isnan().all()
+
+
+@every_implementation
+def test_few_heads_at_a_time(implementation, tight):
+    """With a pool of one head, lists are made for as many heads as memory allows."""
+    case = CASE.but(head_dim=64, heads=6, kv_heads=3, batch=2)
+    assert_equals_oracle(case, torch.bfloat16, implementation, pool="head_global", threshold=case.threshold)
+
+
+@every_implementation
 def test_nan_stays_with_its_query(implementation):
     case = CASE.but(head_dim=64, batch=1)
     tensors = case.tensors(torch.bfloat16)
@@ -294,6 +316,7 @@ def test_lists_hold_every_pair_once(masked):
         masks,
         geometry,
         capacity=capacity,
+        head_capacity=capacity,
         chunk_pairs=1,
         ring=2,
         tile=attend_lists.TILE,

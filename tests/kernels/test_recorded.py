@@ -83,7 +83,7 @@ def select(case: Case, work: Recording, q, k, mask):
 
 
 def attention(case: Case, implementation: str, work: Recording, *tensors):
-    return attend.attention(work, *tensors, GEOMETRY, 0.125, implementation=implementation, share=0.25)
+    return attend.attention(work, *tensors, GEOMETRY, 0.125, implementation=implementation, share=0.25, by_head=True)
 
 
 def check(case: Case, compute, with_words: bool) -> int:

@@ -81,7 +81,7 @@ def attention(
 ) -> None:
     q, k, v, mask = tensors(geometry, dtype, head_dim, **rest)
     words = meta((*q.shape[:2], geometry.by_tile(tile).num_video, geometry.num_words), torch.int32)
-    options: dict[str, Any] = {"implementation": implementation, "share": 0.25, "tile": tile}
+    options: dict[str, Any] = {"implementation": implementation, "share": 0.25, "by_head": True, "tile": tile}
     attend.attention(WORK, q, k, v, words, mask, geometry, head_dim**-0.5, **options)
 
 
