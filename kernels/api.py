@@ -159,11 +159,13 @@ def select(
             ("overall").
         mode: "threshold" takes entries until they hold ``threshold`` of the pool's weight; "topk" takes ``topk``
             boxes a query (on average over the pool), the query's own box included.
-        granularity: "token", the paper's rule: every query selects for itself. "tile" is not the paper's exact rule and
-            faster: every box is cut, in its own token order, into P = ceil(tokens of a whole box / 128) nearly equal
-            tiles of at most 128 queries; the rule is applied to the mean query of each tile (float32, rounded to q's
-            dtype) as if it were one query, every tile counting once, and all queries of a tile attend to the same
-            boxes. Ties go in ascending order of (box, tile).
+        granularity: "token", the paper's rule: every query selects for itself. "tile" is not the paper's exact rule: every
+            box, ragged ones too, is cut in its own token order (raster order within the box) into P = ceil(tokens of a
+            whole box / 128) nearly equal tiles of at most 128 queries, the r-th of n tokens in tile ``r * P // n``. The
+            rule is applied to the mean query of each tile (in float32, rounded to q's dtype) as if it were one query,
+            every tile counting once, and all queries of a tile attend to the same boxes: attention then has no partial
+            results to merge. A tile without tokens, in a box of fewer than P, takes the token before it in its box.
+            Ties go in ascending order of (box, tile), tiles as ``partition.tile_of`` numbers them.
         implementation: "reference" (plain torch), "triton" (portable kernels for GPUs), "hopper" (attention for compute
             capability 9.0, granularity "token" alone) or "auto", the fastest that takes the tensors; by name never
             another one.

@@ -172,7 +172,9 @@ def attention(
     )  # fmt: skip
     work.launch(
         merge_last, (triton.cdiv(tokens, QUERIES),), part, part_lse, lists.place, lists.chunks, lists.totals, out, lse,
-        tokens, head_dim, QUERIES=QUERIES, D=dim, num_warps=1,
+        tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
     )  # fmt: skip
     rows = batch * heads * tokens
-    work.launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)
+    work.launch(
+        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, BLOCK=64, HEAD_DIM=head_dim, D=dim, num_warps=4
+    )

@@ -18,7 +18,9 @@ QUERIES = 4  # queries per program
 
 
 @triton.jit
-def merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES: tl.constexpr, D: tl.constexpr):
+def merge_rows(
+    PART, PART_LSE, slot, size, OUT, LSE, to, inside, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr
+):
     """Rows ``slot .. slot + size`` [QUERIES] of the buffer to rows ``to`` of the output; no rows give 0 and -inf."""
     d = tl.arange(0, D)
     most = tl.max(size)
@@ -35,16 +37,17 @@ def merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERI
         total += weight
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    store = inside[:, None] & (d < head_dim)[None, :]
-    tl.store(OUT + to[:, None] * head_dim + d[None, :], out.to(OUT.dtype.element_ty), mask=store)
+    store = inside[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(OUT + to[:, None] * HEAD_DIM + d[None, :], out.to(OUT.dtype.element_ty), mask=store)
     lse = tl.where(empty, float("-inf"), (safe + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(LSE + to, lse, mask=inside)
 
 
 @triton.jit
 def merge_chunk(
-    chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES: tl.constexpr, D: tl.constexpr
-):
+    chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens,
+    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """This program's queries of one chunk."""
     info = CHUNKS + chunk * _CHUNK_FIELDS
     head, first, last = tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2)
@@ -53,37 +56,38 @@ def merge_chunk(
     to = head * tokens + s
     slot = tl.load(PLACE + to * 2, mask=inside, other=0)
     size = tl.load(PLACE + to * 2 + 1, mask=inside, other=0)
-    merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, head_dim, QUERIES, D)
+    merge_rows(PART, PART_LSE, slot, size, OUT, LSE, to, inside, QUERIES, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "tokens", "head_dim"])
+@triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "tokens"])
 def merge_chunks(
-    PART, PART_LSE, PLACE, CHUNKS, FIRST_CHUNK, OUT, LSE, first_head, last_head, turn, ring, tokens, head_dim,
-    QUERIES: tl.constexpr, D: tl.constexpr,
+    PART, PART_LSE, PLACE, CHUNKS, FIRST_CHUNK, OUT, LSE, first_head, last_head, turn, ring, tokens,
+    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Merge chunk ``turn * ring + program_id(1)`` of a group of heads, if it exists."""
     chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring + tl.program_id(1)
     if chunk < tl.load(FIRST_CHUNK + last_head):
-        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES, D)
+        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, QUERIES, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=["tokens", "head_dim"])
+@triton.jit(do_not_specialize=["tokens"])
 def merge_last(
-    PART, PART_LSE, PLACE, CHUNKS, TOTALS, OUT, LSE, tokens, head_dim, QUERIES: tl.constexpr, D: tl.constexpr
-):
+    PART, PART_LSE, PLACE, CHUNKS, TOTALS, OUT, LSE, tokens,
+    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Merge the last chunk, which a kernel that merges while it attends leaves over."""
     chunk = tl.load(TOTALS + 1) - 1
     if chunk >= 0:
-        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, head_dim, QUERIES, D)
+        merge_chunk(chunk, PART, PART_LSE, PLACE, CHUNKS, OUT, LSE, tokens, QUERIES, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=["rows", "head_dim"])
-def refuse(TOTALS, OUT, LSE, rows, head_dim, BLOCK: tl.constexpr, D: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def refuse(TOTALS, OUT, LSE, rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Fill the result with NaN where the selection had more pairs than the lists could hold."""
     if tl.load(TOTALS + 2) != 0:
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         d = tl.arange(0, D)
         nan = tl.full([BLOCK, D], float("nan"), tl.float32)
-        store = (row < rows)[:, None] & (d < head_dim)[None, :]
-        tl.store(OUT + row[:, None] * head_dim + d[None, :], nan.to(OUT.dtype.element_ty), mask=store)
+        store = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+        tl.store(OUT + row[:, None] * HEAD_DIM + d[None, :], nan.to(OUT.dtype.element_ty), mask=store)
         tl.store(LSE + row, tl.full([BLOCK], float("nan"), tl.float32), mask=row < rows)

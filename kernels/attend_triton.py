@@ -72,11 +72,11 @@ def attend_block(q, peak, total, acc, keys, values, row, left, scale, BLOCK: tl.
 
 
 @triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "heads", "group", "tokens", "packed_rows",
-                               "stride", "head_dim"])  # fmt: skip
+                               "stride"])  # fmt: skip
 def attend_tiles(
     Q, keys, values, ENTRIES, PLACE, TILES, CHUNKS, FIRST_CHUNK, PART, PART_LSE, q_batch, q_head, q_token, scale,
-    first_head, last_head, turn, ring, heads, group, tokens, packed_rows, stride, head_dim,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    first_head, last_head, turn, ring, heads, group, tokens, packed_rows, stride,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of chunks ``turn * ring`` to ``turn * ring + ring`` of a group of heads."""
     chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring
@@ -94,7 +94,7 @@ def attend_tiles(
             slot = tl.load(PLACE + (head * tokens + s) * 2, mask=inside, other=0) + (entry & _RANK_MASK)
             d = tl.arange(0, D)
             base = Q + (head // heads) * q_batch + (head % heads) * q_head
-            q = tl.load(base + s[:, None] * q_token + d[None, :], mask=(d < head_dim)[None, :], other=0.0)  # [TILE, D]
+            q = tl.load(base + s[:, None] * q_token + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)  # [TILE, D]
             row = ((head - first_head) // group).to(tl.int32) * packed_rows + box * stride
             peak = tl.full([TILE], float("-inf"), tl.float32)
             total = tl.zeros([TILE], tl.float32)
@@ -157,13 +157,15 @@ def attention(
             work.launch(
                 attend_tiles, (tiles,), q, packed.keys, packed.values, lists.entries, lists.place, lists.tiles,
                 lists.chunks, lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring,
-                heads, group, tokens, packed.rows, packed.stride, head_dim, TILE=TILE, BLOCK=block, D=dim,
+                heads, group, tokens, packed.rows, packed.stride, TILE=TILE, BLOCK=block, HEAD_DIM=head_dim, D=dim,
                 STAGES=stages, num_warps=warps,
             )  # fmt: skip
             work.launch(
                 merge_chunks, (triton.cdiv(tokens, QUERIES), ring), part, part_lse, lists.place, lists.chunks,
-                lists.first_chunk, out, lse, *bounds, turn, ring, tokens, head_dim,
-                QUERIES=QUERIES, D=dim, num_warps=1,
+                lists.first_chunk, out, lse, *bounds, turn, ring, tokens,
+                QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
             )  # fmt: skip
     rows = num_heads * tokens
-    work.launch(refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, head_dim, BLOCK=64, D=dim, num_warps=4)
+    work.launch(
+        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, BLOCK=64, HEAD_DIM=head_dim, D=dim, num_warps=4
+    )

@@ -116,7 +116,7 @@ def tiles_per_box(grid: Triple, block: Triple, tile: int) -> int:
 
 
 def tile_of(grid: Triple, block: Triple, tile: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Tile of every video token in raster order, int64 [N].
+    """Tile of queries of every video token in raster order, int64 [N]. An option of ours, not in the paper.
 
     Every box, ragged ones too, is cut into P parts: its r-th token of n, in raster order within the box, is in part
     ``r * P // n``, which has at most ``tile`` tokens. Part j of box (a, b, c) is tile

@@ -33,7 +33,7 @@ class VMoBAConfig:
             None for a whole axis, or to ``{"count": (frames, rows, columns)}``, the number of boxes along each axis.
             Schemes left out keep their default.
         granularity: "token", the paper's selection per query token, or "tile", one selection for every tile of up to 128
-            neighbouring queries of a box by their mean: faster, and not the paper's exact rule (see ``select``).
+            neighbouring queries of a box by their mean: not the paper's exact rule, less work (see ``select``).
         dense_steps: first denoising steps that ``schedule`` keeps dense, a fraction (float) or a count (int).
         dense_layers: layer numbers kept dense.
         min_tokens: shorter sequences stay dense; "auto" takes the crossover of the device.

@@ -114,7 +114,7 @@ def run_everything(capability: tuple[int, int]) -> None:
     select(PLAIN, FP32, 64, "block", "threshold")
     select(WITH_TEXT, BF16, 80, "head_global", "threshold", **other)
     select(PLAIN, BF16, 128, "head_global", "threshold", tile=128)
-    select(PLAIN, FP32, 256, "query_head", "threshold", tile=128)
+    select(PLAIN, FP32, 64, "query_head", "threshold", tile=128)
     select(PLAIN, BF16, 128, "query_head", "topk", topk=1)  # own box
     select(PLAIN, BF16, 128, "query_head", "threshold", threshold=1.0)  # everything
 
