@@ -340,10 +340,11 @@ def test_mean_queries(layout, head_dim, dtype):
     """By plain loops; a tile without tokens has the query before it in its box."""
     case = TILES.but(layout=layout, head_dim=head_dim, batch=2)
     q = case.tensors(dtype).q.to(DEVICE)
-    found = select_tiles.mean_queries(q, geometry_of(case), case.tile)
+    found, own = select_tiles.mean_queries(Work(torch.device(DEVICE)), q, geometry_of(case), case.tile)
     video = q[:, :, geometry_of(case).video].double()
     tiles = oracle.tiles(case.grid, case.block, case.tile)
     assert any(not tokens for _, tokens, _ in tiles)
+    assert own.tolist() == [box for box, _, _ in tiles]
     expected = torch.stack([sum(video[:, :, n] for n in averaged) / len(averaged) for _, _, averaged in tiles], 2)
     # The interpreter cuts bfloat16 off where a GPU rounds.
     accuracy = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
