@@ -2,12 +2,12 @@
 
 Each multiprocessor runs one program of specialised warps: two warpgroups attend (``hopper_attend``), one warp feeds them,
 one counts what is finished, two pack keys and values and merge partial results (``hopper_serve``). Keys and values of two
-heads at a time lie in box order; the buffer of partials holds two chunks and is merged while the tensor cores work on the
-next one. The last chunk is merged by a kernel of its own.
+heads at a time lie in box order; the buffer of partials holds two or three chunks, of which one is merged while the tensor
+cores work on the next. The last chunk is merged by a kernel of its own.
 
 Counters in global memory say when a head is packed, a chunk done, a chunk merged. They need every program to be resident:
 the grid is one program per multiprocessor, launched cooperatively. Two tiles of queries, four blocks of 128 keys or values
-and the merging warps' rows fill shared memory (226 of 227 KiB). arXiv 2506.23858, section 3.1.
+and the merging warps' rows fill shared memory (218 of 227 KiB). arXiv 2506.23858, section 3.1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 # The registers of the three warpgroups add up to 504. With three that attend (152 registers, blocks of 64 keys) both
-# head sizes were 5 to 20 % slower; so were eight warps that attend in step, though they share their instructions.
+# head sizes were 6 to 23 % slower, and so were eight warps that attend in step, though they share their instructions.
 SHAPES = {64: Shape(128, 8, 216, 72), 128: Shape(128, 4, 216, 72)}
 
 _PART = gl.constexpr(PART_QUERIES)
@@ -149,8 +149,9 @@ def attention(
     packed_rows, kv_heads = tokens + shape.block, k.shape[1]
     packed_shape = min(2, batch * kv_heads) * packed_rows, dim
     row_bytes, slack = dim * 2 + 4, attend_lists.GROUP * boxes
-    slots = min((scratch - 4 * packed_shape[0] * dim) // row_bytes, (2**31 - 1) // dim)
-    ring = 3 if slots > 9 * slack else 2  # chunks of partials
+    slots = min((scratch - 4 * packed_shape[0] * dim) // row_bytes, (2**31 - 1) // dim - 64)
+    # Chunks of partials; a third gives those who merge more time, as long as chunks do not become too short for tiles.
+    ring = 3 if slots > 9 * slack else 2
     chunk_pairs = min(max(slots // ring - slack, slack), head_capacity)
     lists = attend_lists.build(
         work, words, key_mask, geometry,

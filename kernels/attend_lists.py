@@ -407,7 +407,7 @@ def build(
         TILE=tile, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)
-    slots = triton.cdiv(chunk_pairs + GROUP * boxes, 8) * 8  # rows are read eight at a time
+    slots = triton.cdiv(chunk_pairs + GROUP * boxes, 16) * 16  # rows are read sixteen at a time
     work.launch(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
         *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=SCATTER_WARPS,

@@ -15,7 +15,7 @@ from .attend_lists import CHUNK_FIELDS, TILE_FIELDS
 from .hopper_sync import add, fence_async_global, maximum, thread_barrier, wait_until
 
 WARPS = 2  # that pack and merge
-ROWS = 16  # partial rows per step of a merging warp
+ROWS = 16  # partial rows per step of a merging warp; attend_lists rounds the buffer to as many
 DEPTH = 3  # steps that a merging warp keeps in flight
 PACKED_ROWS = 8  # per step of a packing warp
 
@@ -168,7 +168,8 @@ def merge_queries(
     for query in range(first, last):
         size_after = gl.load(PLACE + gl.minimum(query + 2, last - 1).to(gl.int64) * 2 + 1)
         end = slot + size
-        lse_next = gl.load(PART_LSE + end + lane, mask=lane < size_next, other=_NONE)
+        following = gl.where(query + 1 < last, size_next, 0)
+        lse_next = gl.load(PART_LSE + end + lane, mask=lane < following, other=_NONE)
         peak = gl.reduce(lse, 0, maximum)
         for j in range(32, size, 32):
             more = gl.load(PART_LSE + slot + j + lane, mask=j + lane < size, other=_NONE)
@@ -202,7 +203,7 @@ def merge_queries(
         summed = gl.reduce(total, 0, add)
         if size == 0:
             summed = summed + 1.0
-        to = OUT + query.to(gl.int64) * (head_dim * 8) + d
+        to = OUT + query * (head_dim.to(gl.int64) * 8) + d
         gl.store(to, (acc * (1.0 / summed)).to(OUT.dtype.element_ty), mask=d < head_dim * 8)
         gl.store(LSE + query, (peak + gl.log2(summed)) * _LN2)
         slot, size, size_next, lse = end, size_next, size_after, lse_next

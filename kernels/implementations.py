@@ -182,6 +182,8 @@ def _shared_memory(index: int) -> int:
 
 def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
     reason = _no_triton(q)
+    if not reason and q.numel() == 0:
+        return "there is nothing to select for"
     if not reason and pool == "query_head":
         most = MAX_ROW_BOXES if _has_large_shared(q) else MAX_ROW_BOXES // 2
         if geometry.num_boxes > most:

@@ -78,7 +78,8 @@ def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], *tags
     """One operator. ``torch.library.custom_op`` would cost each call in eager mode some 50 microseconds more."""
     _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, *tags))
     for device in implementations.DEVICES:
-        _LIBRARY.impl(name, body, device.upper())
+        # Where Dynamo falls back to eager code it would otherwise trace into the body.
+        _LIBRARY.impl(name, torch._disable_dynamo(body), device.upper())
     torch.library.register_fake(f"vmoba::{name}", fake, lib=_LIBRARY)
 
 

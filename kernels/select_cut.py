@@ -196,7 +196,7 @@ def _weights(count, offsets, first, linear, low, TOPK: tl.constexpr):
 @triton.jit
 def _offsets(packed, count, shift, sum_bits, drop_bits):
     """Sum of the offsets in a bin or in several, the dropped bits at their mean."""
-    dropped = (tl.full([], 1, tl.int64) << tl.maximum(shift - drop_bits, 0)).to(tl.float64)
+    dropped = (tl.full([], 1, tl.int64) << tl.minimum(tl.maximum(shift - drop_bits, 0), shift)).to(tl.float64)
     return (packed - (count << sum_bits)).to(tl.float64) * dropped + count.to(tl.float64) * 0.5 * (dropped - 1)
 
 

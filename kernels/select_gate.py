@@ -295,7 +295,7 @@ def gate_histogram(
         width = tl.minimum(last, INFINITY_KEY).to(tl.uint32) - first  # beyond it are the keys of NaN
         shift = tl.load(state + SHIFT).to(tl.uint32)
         within = (shift * 0 + 1 << shift) - 1
-        drop = tl.maximum(shift.to(tl.int32) - drop_bits, 0).to(tl.uint32)
+        drop = tl.minimum(tl.maximum(shift.to(tl.int32) - drop_bits, 0), shift.to(tl.int32)).to(tl.uint32)
         one = tl.full([], 1, tl.int64) << sum_bits
         low = tl.load(numbers + pool * STATE + LOW).to(tl.float32)
         bins, column = bins_of(fine, 1, row, heads, box, num_words, POOL, BINS)
@@ -355,16 +355,18 @@ def gate_bits(
     filled_bits = tl.sum(pack_word(filled[None, :]), 0)
     list_bits = tl.sum(pack_word((status == LIST) & filled[None, :]), 0)
     tie_bits = tl.sum(pack_word((status == TIES) & filled[None, :]), 0)
+    # Also where no box has keys: all of the marks are read.
+    marking = tl.sum(pack_word((status == TIES) & (box >= 0)[None, :]), 0) != 0
     some_listed = tl.zeros([BLOCK_Q], tl.int32)
     for start in range(part * run, tl.minimum(part * run + run, num_video), BLOCK_Q):
         at, n, own = query_tile(line, own_box, start, num_video, stride_qs, BLOCK_Q)
         gate = gate_tile(at, further, columns, large, middle, small, HEAD_DIM, DIM, BLOCK_Q, 32, TERMS, RESCALE)
         mine = own_bit(own, word)
-        not_above = pack_word(gate <= to_value)
-        at_cut = not_above & pack_word(gate >= from_value) & ~mine
+        above = pack_word(gate > to_value)  # a NaN is not
+        at_cut = pack_word(gate >= from_value) & ~above & ~mine
         out = (row * num_video + n) * num_words + word  # int64 [BLOCK_Q]
-        tl.store(words + out, mine | (filled_bits & ~not_above), mask=own >= 0)
-        if tie_bits != 0:
+        tl.store(words + out, mine | (filled_bits & above), mask=own >= 0)
+        if marking:
             tl.store(ties + out, at_cut & tie_bits, mask=own >= 0)
         some_listed |= tl.where(own >= 0, at_cut & list_bits, 0)
     if tl.max((some_listed != 0).to(tl.int32), 0) > 0:

@@ -270,3 +270,29 @@ def test_compiled_result_is_close_to_the_oracle():
     case = CASES["mask"].but(seed=5)
     tensors = case.tensors(torch.bfloat16)
     assert relative(compiled()(case, tensors), case.truth(tensors).out) < 1e-2
+
+
+def test_dynamo_does_not_look_inside():
+    """In a frame that Dynamo runs as it is, the operators' bodies are not compiled instead."""
+    graphs = []
+    q, mask, sizes = torch.randn(1, 1, 64, 16), torch.empty(0, dtype=torch.bool), (4, 4, 4, 2, 2, 2, 0, 0)
+
+    def model(q):
+        for _ in range(1):
+            try:
+                torch._dynamo.graph_break()
+            finally:
+                pass
+            words = torch.ops.vmoba.select(
+                q, q, mask, *sizes, pool="head_global", mode="threshold", threshold=0.25, topk=0
+            )
+            out = torch.ops.vmoba.attention(q, q, q, words, mask, *sizes, scale=0.25)[0]
+        return out
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    assert torch.equal(torch.compile(model, backend=backend)(q), model(q))
+    names = {node.name for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+    assert all("vmoba" in name or "select" in name or "attention" in name or "getitem" in name for name in names), names

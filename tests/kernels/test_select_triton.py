@@ -362,3 +362,34 @@ def test_too_many_boxes_for_rows(monkeypatch):
     case = CASE.but(pool="query_head")
     with pytest.raises(NotImplementedError, match="supports up to 11 boxes, not 12"):
         run(case, case.tensors(torch.float32))
+
+
+@pytest.mark.parametrize("pool", ["head_global", "overall"])
+@pytest.mark.parametrize("garbage", [0, -1])
+def test_words_of_boxes_without_keys(pool, garbage, monkeypatch):
+    """Equal entries are taken from marks that every word has, whatever its memory held before."""
+    case = Case(grid=(4, 8, 8), block=(1, 2, 2), heads=1, kv_heads=1, head_dim=16, masked="tokens", pool=pool)
+    q, k = torch.zeros(1, 1, case.num_tokens, 16), torch.randn(1, 1, case.num_tokens, 16)
+    mask = torch.arange(case.num_tokens)[None] >= case.num_tokens // 2
+    empty = Work.empty
+
+    def filled(self, *shape, dtype):
+        made = empty(self, *shape, dtype=dtype)
+        return made.fill_(garbage) if dtype == torch.int32 else made
+
+    monkeypatch.setattr(Work, "empty", filled)
+    tensors = Tensors(q, k, k, mask)
+    assert torch.equal(run(case, tensors), expected(case, tensors))
+
+
+def test_nan_selects_its_own_box_at_least_and_no_more_than_the_rule():
+    """A sample of NaN must not have so many boxes that there is no room for the others of its batch."""
+    case = Case(grid=(4, 8, 8), block=(1, 2, 2), batch=2, heads=1, kv_heads=1, head_dim=16)
+    tensors = case.tensors(torch.float32)
+    clean = run(case, tensors)[1]
+    tensors.q[0] = torch.nan
+    words = run(case, tensors)
+    kept = unpack_bits(words, geometry_of(case).num_boxes)
+    assert kept[0].any(-1).all()
+    assert kept[0].double().mean() <= case.threshold + 1 / kept.shape[-1]
+    assert torch.equal(words[1], clean)
