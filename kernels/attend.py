@@ -1,4 +1,4 @@
-"""Which implementation attends, with how much scratch memory, and over how many samples at a time."""
+"""Which implementation attends, with how much scratch memory, and how many samples and heads at a time."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def attention(
     """``out`` [B, H, S, D] and ``lse`` [B, H, S] from bit sets ``words`` by "hopper" or "triton"; of tiles by "triton".
 
     At most ``share`` of the other boxes' entries of a sample, or of a head if ``by_head``, are selected; where a
-    selection has more, all is NaN.
-    Tiles of queries have no such bound.
+    selection has more, all is NaN. Tiles of queries have no such bound.
     """
     batch, heads, kv_heads = *q.shape[:2], k.shape[1]
     tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()

@@ -29,9 +29,7 @@ from .hopper_attend import PART_QUERIES, PARTS, attend
 from .hopper_serve import DEPTH, ROWS, WARPS, feed, serve, tell
 from .launches import Work
 from .partition import Geometry
-from .triton_tools import power_of_two
-
-LOG2E = 1.4426950408889634
+from .triton_tools import LOG2E, power_of_two
 
 
 class Shape(NamedTuple):
@@ -155,7 +153,7 @@ def attention(
     chunk_pairs = min(max(slots // ring - slack, slack), head_capacity)
     lists = attend_lists.build(
         work, words, key_mask, geometry,
-        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring, tile=PART_QUERIES * PARTS,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring,
     )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)

@@ -27,7 +27,7 @@ from .launches import Work
 from .partition import Geometry
 from .triton_tools import box_shape, box_start, token_in_box
 
-TILE = 128  # queries per tile, unless the launcher wants another number
+TILE = 128  # queries per tile
 GROUP = 256  # queries that always share a chunk; at most 256, see scatter_entries
 SCATTER_WARPS = 2  # of a group: the fewer, the more queries share what is read for each box
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
@@ -367,13 +367,12 @@ def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) 
 
 def build(
     work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry,
-    *, capacity: int, head_capacity: int, chunk_pairs: int, ring: int, tile: int,
+    *, capacity: int, head_capacity: int, chunk_pairs: int, ring: int,
 ) -> Lists:  # fmt: skip
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
     ``capacity`` bounds the pairs of all heads, ``head_capacity`` those of one, ``chunk_pairs`` those of a chunk (but
-    for one group of queries); the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows; a tile has up to
-    ``tile`` queries.
+    for one group of queries); the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows.
     """
     batch, heads = words.shape[:2]
     num_heads, tokens, num_boxes = batch * heads, geometry.num_tokens, geometry.num_boxes
@@ -382,7 +381,7 @@ def build(
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
     per_head = triton.cdiv(min(head_capacity, tokens * boxes), chunk_pairs)
     max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
-    max_tiles = triton.cdiv(capacity, tile) + max_chunks * boxes
+    max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes
     masked = key_mask.numel() > 0
     new = partial(work.empty, dtype=torch.int32)
     keys, span = list_all_keys(work, key_mask, geometry, batch)
@@ -397,14 +396,14 @@ def build(
     totals = new(4)
     work.launch(
         cut_chunks, (num_heads * per_head + 1,), count, total, start, cut, totals,
-        num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, TILE=tile, BLOCK=256, num_warps=2,
+        num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, TILE=TILE, BLOCK=256, num_warps=2,
     )  # fmt: skip
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
     first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
     work.launch(
         list_tiles, (max_chunks, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
         done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
-        TILE=tile, GROUP=GROUP, BLOCK=256, num_warps=1,
+        TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)
     slots = triton.cdiv(chunk_pairs + GROUP * boxes, 16) * 16  # rows are read sixteen at a time

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .attend_lists import CHUNK_FIELDS
+from .triton_tools import LN2
 
 _CHUNK_FIELDS = tl.constexpr(CHUNK_FIELDS)
-LN2 = tl.constexpr(0.6931471805599453)
 
 QUERIES = 4  # queries per program
 

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from .attend_lists import list_all_keys
 from .attend_pack import PackedKeys, packed_rows
-from .attend_triton import LOG2E, attend_block, reads_shared_operands
+from .attend_triton import attend_block, reads_shared_operands
 from .launches import Work
 from .partition import Geometry
-from .triton_tools import power_of_two, tile_in_box, token_in_box
+from .triton_tools import LN2, LOG2E, power_of_two, tile_in_box, token_in_box
 
-_LN2 = tl.constexpr(0.6931471805599453)
 STEP = 8  # blocks of each of 32 boxes that are listed at a time
 
 # (bytes of an element, padded head size) -> queries of a program, keys per block, warps, stages.
@@ -105,19 +104,8 @@ def order_tiles(COUNT, ORDER, tiles, BLOCK: tl.constexpr):
 
 
 _LAYOUT = [
-    "tiles",
-    "parts",
-    "prefix",
-    "suffix",
-    "frames",
-    "rows",
-    "columns",
-    "bt",
-    "bh",
-    "bw",
-    "box_rows",
-    "box_columns",
-]
+    "tiles", "parts", "prefix", "suffix", "frames", "rows", "columns", "bt", "bh", "bw", "box_rows", "box_columns",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LAYOUT)
@@ -175,7 +163,7 @@ def attend_queries(
     acc = acc / total[:, None]
     to = head * tokens + s
     tl.store(OUT + to[:, None] * HEAD_DIM + d[None, :], acc.to(OUT.dtype.element_ty), mask=here)
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * _LN2)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
     tl.store(LSE + to, lse, mask=s >= 0)
 
 

@@ -23,13 +23,12 @@ from .attend_merge import QUERIES, merge_chunks, refuse
 from .attend_pack import PackedKeys, packed_rows
 from .launches import Work
 from .partition import Geometry
-from .triton_tools import power_of_two
+from .triton_tools import LOG2E, power_of_two
 
 _RANK_BITS = tl.constexpr(RANK_BITS)
 _RANK_MASK = tl.constexpr(2**RANK_BITS - 1)
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 _CHUNK_FIELDS = tl.constexpr(CHUNK_FIELDS)
-LOG2E = 1.4426950408889634
 
 # (bytes of an element, padded head size) -> keys per block, warps, stages. Smaller heads take the entry of 64.
 # Tensor cores that read shared memory: compute capability 9 and 10.
@@ -140,7 +139,7 @@ def attention(
     ring = max(1, min(together * group, left // (chunk_pairs + slack)))
     lists = attend_lists.build(
         work, words, key_mask, geometry,
-        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring, tile=TILE,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring,
     )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
     packed = PackedKeys(work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=together)

@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .attend_lists import RANK_BITS, TILE_FIELDS
+from .attend_lists import RANK_BITS, TILE, TILE_FIELDS
 from .hopper_sync import add, maximum, pin, release, sleep, thread_barrier
 
-PART_QUERIES = 64  # of a warpgroup
 PARTS = 2  # warpgroups
+PART_QUERIES = TILE // PARTS  # of each
 
 _RANK_BITS = gl.constexpr(RANK_BITS)
 _RANK_MASK = gl.constexpr(2**RANK_BITS - 1)

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from .attend_lists import CHUNK_FIELDS, TILE_FIELDS
 from .hopper_sync import add, fence_async_global, maximum, thread_barrier, wait_until
+from .triton_tools import LN2
 
 WARPS = 2  # that pack and merge
 ROWS = 16  # partial rows per step of a merging warp; attend_lists rounds the buffer to as many
@@ -23,7 +24,6 @@ _TILE_FIELDS = gl.constexpr(TILE_FIELDS)
 _CHUNK_FIELDS = gl.constexpr(CHUNK_FIELDS)
 _WARPS = gl.constexpr(WARPS)
 _NONE = gl.constexpr(float("-inf"))
-_LN2 = gl.constexpr(0.6931471805599453)
 _ROWS = gl.constexpr(ROWS)
 _PACKED_ROWS = gl.constexpr(PACKED_ROWS)
 _DEPTH = gl.constexpr(DEPTH)
@@ -96,9 +96,7 @@ def feed(feed_from, feed_to, feed_counts, BLOCK: gl.constexpr, SLOTS: gl.constex
 
 
 @gluon.jit
-def pack(
-    pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D: gl.constexpr
-):  # fmt: skip
+def pack(pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D: gl.constexpr):
     """This warp's share of the keys and values of one head, to box order; zeros where there is no key."""
     K, V, KEYS, k_batch, k_head, k_token, v_batch, v_head, v_token = pack_from
     PACKED_K, PACKED_V, PACKED, packed_rows = pack_to
@@ -205,7 +203,7 @@ def merge_queries(
             summed = summed + 1.0
         to = OUT + query * (head_dim.to(gl.int64) * 8) + d
         gl.store(to, (acc * (1.0 / summed)).to(OUT.dtype.element_ty), mask=d < head_dim * 8)
-        gl.store(LSE + query, (peak + gl.log2(summed)) * _LN2)
+        gl.store(LSE + query, (peak + gl.log2(summed)) * LN2)
         slot, size, size_next, lse = end, size_next, size_after, lse_next
     async_copy.wait_group(0)
     thread_barrier()

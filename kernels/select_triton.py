@@ -95,7 +95,8 @@ def select(
     if everything or kept == 1:
         work.launch(
             plain_bits, (triton.cdiv(geometry.num_video, BLOCK_Q), batch * heads),
-            means.sizes, words, geometry.num_video, heads, *_shape(geometry),
+            means.sizes, words, geometry.num_video, heads, geometry.num_words,
+            *geometry.grid[1:], *geometry.block, *geometry.counts[1:],
             BLOCK_Q=BLOCK_Q, EVERYTHING=everything, num_warps=4,
         )  # fmt: skip
         return words
@@ -109,11 +110,6 @@ def select(
     else:
         _select_pools(work, q, means, words, geometry, group, bits, pool=pool, topk=mode == "topk")
     return words
-
-
-def _shape(geometry: Geometry) -> tuple[int, ...]:
-    """num_words, rows, columns, bt, bh, bw, box_rows, box_columns: arguments of every pass."""
-    return (geometry.num_words, *geometry.grid[1:], *geometry.block, *geometry.counts[1:])
 
 
 def _select_pools(

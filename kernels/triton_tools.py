@@ -1,4 +1,4 @@
-"""What every Triton kernel here shares: box arithmetic on the device.
+"""What every Triton kernel here shares: box arithmetic on the device, the way to base 2 and back.
 
 Sizes are run-time integers that Triton does not specialise on, so one compiled kernel serves every grid.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2E = 1.4426950408889634  # on the host: into the scale of the scores
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -6,13 +6,26 @@ import interpreter
 import pytest
 import torch
 from hypothesis import Phase, given, settings
-from kernel_cases import LAYOUTS, MASKS, TOLERANCE, Case, Tensors, Truth, cases, choose, mask_or_empty, relative
+from kernel_cases import (
+    DEVICE,
+    LAYOUTS,
+    MASKS,
+    TOLERANCE,
+    Case,
+    Tensors,
+    assert_close,
+    assert_equals_oracle,
+    cases,
+    choose,
+    mask_or_empty,
+    relative,
+)
+from kernel_cases import run_operator as run
 from vmoba_compile.kernels import attend, attend_lists, attend_pack, attend_tiles, attention, partition
 from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, tile_of, unpack_bits
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KEYS = 16  # of a block
 TILE = 16  # queries
@@ -42,31 +55,6 @@ CASE = Case(
     grid=(3, 4, 5), block=(2, 4, 5), prefix=3, suffix=5, heads=2, kv_heads=1, head_dim=40, tile=TILE, threshold=0.4
 )
 SMALL_BOXES = CASE.but(block=(2, 2, 3))  # 12 to 2 tokens, one tile each
-
-
-def run(case: Case, tensors: Tensors, words: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out`` and ``lse`` of the operator for the reference's selection, or for ``words``."""
-    words = choose(case, tensors).words if words is None else words
-    moved = [x.to(DEVICE) for x in (*tensors[:3], words, mask_or_empty(tensors))]
-    out, lse = torch.ops.vmoba.attention(
-        *moved, *case.sizes, scale=case.op_scale, implementation="triton", tile=case.tile
-    )
-    assert out.is_contiguous()
-    assert out.dtype == tensors.q.dtype
-    return out.cpu(), lse.cpu()
-
-
-def assert_equals_oracle(case: Case, dtype: torch.dtype) -> None:
-    tensors = case.tensors(dtype)
-    assert_close(run(case, tensors), case.truth(tensors), dtype)
-
-
-def assert_close(actual: tuple[torch.Tensor, torch.Tensor], truth: Truth, dtype: torch.dtype) -> None:
-    out, lse = actual
-    finite = truth.lse.isfinite()
-    assert relative(out, truth.out) < TOLERANCE[dtype]
-    assert torch.equal(lse[~finite].double(), truth.lse[~finite])
-    assert ((lse.double() - truth.lse)[finite].abs() < 1e-4).all()
 
 
 @settings(
@@ -180,7 +168,7 @@ def test_no_box_selected_but_by_hand(condition):
     """Without any bit a video query sees the condition tokens alone: nothing, where there are none."""
     case = CASE.but(prefix=0, suffix=condition)
     tensors = case.tensors(torch.bfloat16)
-    out, lse = run(case, tensors, torch.zeros_like(choose(case, tensors).words))
+    out, lse = run(case, tensors, words=torch.zeros_like(choose(case, tensors).words))
     q, k, v, _ = tensors
     if condition:
         q, k, v = q[:, :, : case.num_video].double(), k[:, :, -condition:].double(), v[:, :, -condition:].double()
@@ -212,9 +200,9 @@ def test_same_bits_every_time():
 def test_nan_stays_with_its_query():
     tensors = CASE.tensors(torch.bfloat16)
     words = choose(CASE, tensors).words
-    expected = run(CASE, tensors, words)[0]
+    expected = run(CASE, tensors, words=words)[0]
     tensors.q[0, 1, 20] = torch.nan
-    out = run(CASE, tensors, words)[0]
+    out = run(CASE, tensors, words=words)[0]
     assert out[0, 1, 20].isnan().all()
     expected[0, 1, 20] = out[0, 1, 20] = 0
     assert torch.equal(out, expected)
@@ -226,7 +214,7 @@ def test_masked_keys_may_be_nan():
     words, truth = choose(case, tensors).words, case.truth(tensors)
     for x in (tensors.k, tensors.v):
         x.masked_fill_(~tensors.key_mask[:, None, :, None], torch.nan)
-    assert_close(run(case, tensors, words), truth, torch.bfloat16)
+    assert_close(run(case, tensors, words=words), truth, torch.bfloat16)
 
 
 def test_nan_stays_in_its_box():
@@ -235,7 +223,7 @@ def test_nan_stays_in_its_box():
     selection = choose(case, tensors)
     order, starts = box_order(case.grid, case.block)
     tensors.v[0, :, order[starts[1] : starts[2]]] = torch.nan
-    reached = run(case, tensors, selection.words)[0].isnan().any(-1)
+    reached = run(case, tensors, words=selection.words)[0].isnan().any(-1)
     assert torch.equal(reached, selection.mask()[..., 1])
     assert not reached.all()
 

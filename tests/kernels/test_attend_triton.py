@@ -6,13 +6,26 @@ import interpreter
 import pytest
 import torch
 from hypothesis import Phase, given, settings
-from kernel_cases import LAYOUTS, MASKS, TOLERANCE, Case, Tensors, Truth, cases, choose, mask_or_empty, relative
+from kernel_cases import (
+    DEVICE,
+    LAYOUTS,
+    MASKS,
+    TOLERANCE,
+    Case,
+    Tensors,
+    assert_close,
+    assert_equals_oracle,
+    cases,
+    choose,
+    mask_or_empty,
+    relative,
+)
+from kernel_cases import run_operator as run
 from vmoba_compile.kernels import attend, attend_lists, attend_triton, attention
 from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, unpack_bits
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -38,33 +51,6 @@ def tight(monkeypatch):
 
 
 CASE = Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, suffix=5, batch=1, heads=2, kv_heads=1, head_dim=40)
-
-
-def run(
-    case: Case, tensors: Tensors, implementation: str = "triton", words: torch.Tensor | None = None, **options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out`` and ``lse`` of the operator for the reference's selection, or for ``words``."""
-    words = choose(case, tensors).words if words is None else words
-    moved = [x.to(DEVICE) for x in (*tensors[:3], words, mask_or_empty(tensors))]
-    out, lse = torch.ops.vmoba.attention(
-        *moved, *case.sizes, scale=case.op_scale, implementation=implementation, **options
-    )
-    assert out.is_contiguous()
-    assert out.dtype == tensors.q.dtype
-    return out.cpu(), lse.cpu()
-
-
-def assert_equals_oracle(case: Case, dtype: torch.dtype, implementation: str = "triton", **options) -> None:
-    tensors = case.tensors(dtype)
-    assert_close(run(case, tensors, implementation, **options), case.truth(tensors), dtype)
-
-
-def assert_close(actual: tuple[torch.Tensor, torch.Tensor], truth: Truth, dtype: torch.dtype) -> None:
-    out, lse = actual
-    finite = truth.lse.isfinite()
-    assert relative(out, truth.out) < TOLERANCE[dtype]
-    assert torch.equal(lse[~finite].double(), truth.lse[~finite])
-    assert ((lse.double() - truth.lse)[finite].abs() < 1e-4).all()
 
 
 def fits(case: Case, dtype: torch.dtype, implementation: str) -> bool:
@@ -319,7 +305,6 @@ def test_lists_hold_every_pair_once(masked):
         head_capacity=capacity,
         chunk_pairs=1,
         ring=2,
-        tile=attend_lists.TILE,
     )
     tiles, _, overflow, _ = lists.totals.tolist()
     assert not overflow

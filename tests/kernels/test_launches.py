@@ -237,7 +237,7 @@ def test_foreign_memory_is_not_replayed(plans):
 
 
 def test_a_part_of_an_input_is_not_replayed(plans):
-    """It might lie in two inputs at once; ``Work.samples`` says in which."""
+    """It might lie in two inputs at once; ``Work.part`` says in which."""
     x, kernel = torch.arange(8.0), Kernel(add)
 
     def compute(work: Work) -> torch.Tensor:

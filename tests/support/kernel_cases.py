@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vmoba_compile.kernels import Selection, attention, select
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "permuted", "packed")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative norms
 MASKS = ("none", "tokens", "boxes", "video", "sample")
@@ -169,6 +170,33 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the expected, in float64; NaN where ``actual`` holds one."""
     difference = torch.linalg.vector_norm(actual.double() - expected.double())
     return (difference / torch.linalg.vector_norm(expected.double()).clamp(min=1e-300)).item()
+
+
+def run_operator(
+    case: Case, tensors: Tensors, implementation: str = "triton", words: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of the operator on the device, for the reference's selection or for ``words``."""
+    words = choose(case, tensors).words if words is None else words
+    moved = [x.to(DEVICE) for x in (*tensors[:3], words, mask_or_empty(tensors))]
+    out, lse = torch.ops.vmoba.attention(
+        *moved, *case.sizes, scale=case.op_scale, implementation=implementation, tile=case.tile, **options
+    )
+    assert out.is_contiguous()
+    assert out.dtype == tensors.q.dtype
+    return out.cpu(), lse.cpu()
+
+
+def assert_equals_oracle(case: Case, dtype: torch.dtype, implementation: str = "triton", **options: Any) -> None:
+    tensors = case.tensors(dtype)
+    assert_close(run_operator(case, tensors, implementation, **options), case.truth(tensors), dtype)
+
+
+def assert_close(actual: tuple[Tensor, Tensor], truth: Truth, dtype: torch.dtype) -> None:
+    out, lse = actual
+    finite = truth.lse.isfinite()
+    assert relative(out, truth.out) < TOLERANCE[dtype]
+    assert torch.equal(lse[~finite].double(), truth.lse[~finite])
+    assert ((lse.double() - truth.lse)[finite].abs() < 1e-4).all()
 
 
 @st.composite
