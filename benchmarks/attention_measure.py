@@ -244,7 +244,7 @@ def attend(
     mask = torch.empty(0, dtype=torch.bool, device=tensors[0].device)
     return torch.ops.vmoba.attention(
         *tensors, selection.words, mask, *case.sizes(scheme), scale=case.head_dim**-0.5, threshold=THRESHOLD, topk=0,
-        implementation=implementation, tile=selection.tile,
+        implementation=implementation, tile=selection.tile, pool="head_global",
     )[0]  # fmt: skip
 
 

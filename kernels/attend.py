@@ -14,7 +14,7 @@ from .partition import Geometry
 
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
 MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
-ENTRY_SHARE = 0.05  # of the bytes of q, k, v and out; with more entries than that, a few heads are done at a time
+ROOM = 36 * 2**20  # bytes for partial results; where lists would leave less, a few heads are done at a time
 
 
 def pair_capacity(geometry: Geometry, heads: int, share: float) -> int:
@@ -28,6 +28,11 @@ def pair_capacity(geometry: Geometry, heads: int, share: float) -> int:
     per_head = video + min(others, math.ceil(share * 1.001 * others) + video)
     condition = geometry.num_condition
     return heads * (per_head + condition * boxes + (geometry.num_tokens if condition else 0))
+
+
+def table_bytes(geometry: Geometry, samples: int, heads: int, share: float) -> int:
+    """Of entries, tiles and places."""
+    return samples * (17 * pair_capacity(geometry, heads, share) // 4 + 8 * heads * geometry.num_tokens)
 
 
 def why_not_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -62,10 +67,13 @@ def attention(
         run = attend_hopper.attention
     capacity = pair_capacity(geometry, heads, share)
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
-    parts = 1
+    step = kv_heads
     if by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
-        parts = min(kv_heads, math.ceil(4 * capacity * batch / (ENTRY_SHARE * tensor_bytes)))
-    step = math.ceil(kv_heads / parts)
+        room = scratch - ROOM - 4 * geometry.num_tokens * q.shape[-1] * q.element_size()  # two heads' keys and values
+        for parts in range(1, kv_heads + 1):
+            step = math.ceil(kv_heads / parts)
+            if table_bytes(geometry, 1, step * (heads // kv_heads), share) <= room:
+                break
     for i in range(0, batch, together):
         samples = slice(i, i + together)
         mask = work.part(key_mask, samples)
@@ -76,7 +84,7 @@ def attention(
             count, here = inputs[0].shape[:2]
             pairs = count * pair_capacity(geometry, here, share)
             of_head = pair_capacity(geometry, 1, share) if by_head else pairs
-            tables = 17 * pairs // 4 + 8 * count * here * geometry.num_tokens  # entries, tiles, places
+            tables = table_bytes(geometry, count, here, share)
             with work.section():
                 run(
                     work, *inputs, mask, out[own], lse[own], geometry, scale,

@@ -28,7 +28,7 @@ from .partition import Geometry
 from .triton_tools import box_shape, box_start, token_in_box
 
 TILE = 128  # queries per tile
-GROUP = 256  # queries that always share a chunk; at most 256, see scatter_entries
+GROUP = 128  # queries that always share a chunk; at most 256, see scatter_entries
 SCATTER_WARPS = 2  # of a group: the fewer, the more queries share what is read for each box
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
 TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, sample
@@ -47,9 +47,9 @@ class Lists:
 
     ``keys`` int32 [B or 1, S]: token of every key, box by box. ``span`` int32 [B or 1, boxes, 2]: first key and number
     of keys of every box. ``entries`` int32 [capacity]. ``place`` int32 [B * H, S, 2]: first partial and number of
-    partials of every query. ``tiles``, ``chunks``: see the fields above. ``totals`` int32 [4]: tiles, chunks, entries
-    that found no room, unused. ``done`` int32 [2 * max_chunks + B * H], zeros: counters for a kernel that merges while
-    it attends. ``keys`` is -1 where masked keys have left room behind a box.
+    partials of every query. ``tiles``, ``chunks``: see the fields above. ``totals`` int32 [4]: tiles, chunks, whether
+    entries found no room, and 0, a mark for those who attend. ``done`` int32 [2 * (2 * max_chunks + B * H)], zeros: two
+    sets of counters for a kernel that merges while it attends. ``keys`` is -1 where masked keys have left room behind a box.
     """
 
     keys: Tensor
@@ -185,9 +185,11 @@ def entries_in(COUNT, TOTAL, row, groups, first, last, inside):
     return a, tl.where(last < groups, b, end)
 
 
-@triton.jit(do_not_specialize=["num_heads", "boxes", "groups", "chunk_pairs", "per_head", "capacity", "head_capacity"])
+@triton.jit(
+    do_not_specialize=["num_heads", "boxes", "groups", "chunk_pairs", "per_head", "capacity", "head_capacity", "least"]
+)
 def cut_chunks(
-    COUNT, TOTAL, START, CUT, TOTALS, num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity,
+    COUNT, TOTAL, START, CUT, TOTALS, num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, least,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per possible chunk: its groups and its number of tiles. One more: where each list starts."""
@@ -205,6 +207,7 @@ def cut_chunks(
             h = h0 + tl.arange(0, BLOCK)
             most = tl.maximum(most, tl.max(tl.load(TOTAL + h * (boxes + 1) + boxes, mask=h < num_heads, other=0)))
         tl.store(TOTALS + 2, ((before > capacity) | (most > head_capacity)).to(tl.int32))
+        tl.store(TOTALS + 3, 0)
     else:
         head, chunk = (program // per_head).to(tl.int64), program % per_head
         pairs = COUNT + (head * (boxes + 1) + boxes) * groups  # pairs of the head before each group
@@ -221,19 +224,22 @@ def cut_chunks(
                 c = c0 + tl.arange(0, BLOCK)
                 a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + c, groups, first, last, c < boxes)
                 tiles += tl.sum((b - a + TILE - 1) // TILE)
+            if chunk == 0:
+                tiles = tl.maximum(tiles, least)
         tl.store(CUT + program * 4, first)
         tl.store(CUT + program * 4 + 1, last)
         tl.store(CUT + program * 4 + 2, tiles)
 
 
-@triton.jit(do_not_specialize=["num_heads", "boxes", "groups", "per_head", "tokens", "heads", "masked", "max_chunks"])
+@triton.jit(do_not_specialize=["num_heads", "groups", "per_head", "tokens", "heads", "masked", "max_chunks"])
 def list_tiles(
     COUNT, TOTAL, START, CUT, SPAN, TILES, CHUNKS, FIRST_CHUNK, TOTALS, DONE,
-    num_heads, boxes, groups, per_head, tokens, heads, masked, max_chunks,
+    num_heads, groups, per_head, tokens, heads, masked, max_chunks,
     TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one box in one chunk; the program of box 0 also describes the chunk."""
-    chunk, c = tl.program_id(0), tl.program_id(1)
+    """Tiles of one box in one chunk; the program of box 0 also describes the chunk, that of the last box fills it up."""
+    chunk, c, boxes = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    counters = 2 * max_chunks + num_heads
     fits = tl.load(TOTALS + 2) == 0  # else no tiles, no chunks: nothing is attended, and the merge answers NaN
     # The chunk is that many used places of the cut on.
     tile, own, place, first, last, all_tiles, all_chunks = 0, 0, 0, 0, 0, 0, 0
@@ -261,12 +267,15 @@ def list_tiles(
             for h0 in range(0, num_heads, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 tl.store(FIRST_CHUNK + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
-                tl.store(DONE + 2 * max_chunks + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
+                for twice in tl.static_range(2):
+                    done = DONE + twice * counters + 2 * max_chunks
+                    tl.store(done + h, tl.zeros([BLOCK], tl.int32), mask=h < num_heads)
     if fits & (chunk < all_chunks):
         head = (place // per_head).to(tl.int64)
         if c == 0:
             if place % per_head == 0:  # every head has its first
                 tl.store(DONE + 2 * max_chunks + head, 0)
+                tl.store(DONE + counters + 2 * max_chunks + head, 0)
                 tl.store(FIRST_CHUNK + head, chunk)
             info = CHUNKS + chunk * _CHUNK_FIELDS
             tl.store(info, head.to(tl.int32))
@@ -274,8 +283,10 @@ def list_tiles(
             tl.store(info + 2, tl.minimum(last * GROUP, tokens))
             tl.store(info + 3, tile)
             tl.store(info + 4, tile + own)
-            tl.store(DONE + chunk, 0)
-            tl.store(DONE + max_chunks + chunk, 0)
+            for twice in tl.static_range(2):
+                tl.store(DONE + twice * counters + chunk, 0)
+                tl.store(DONE + twice * counters + max_chunks + chunk, 0)
+        end = tile + own
         for c0 in range(0, c, BLOCK):
             o = c0 + tl.arange(0, BLOCK)
             a, b = entries_in(COUNT, TOTAL, head * (boxes + 1) + o, groups, first, last, o < c)
@@ -302,6 +313,16 @@ def list_tiles(
             tl.store(info + 5, full + chunk, mask=inside)
             tl.store(info + 6, full + c, mask=inside)
             tl.store(info + 7, full + (head // heads).to(tl.int32), mask=inside)
+        if c == boxes - 1:
+            for i0 in range(tile + (b - a + TILE - 1) // TILE, end, BLOCK):  # tiles without queries, of one key
+                i = i0 + tl.arange(0, BLOCK)
+                info = TILES + i * _TILE_FIELDS
+                for field in tl.static_range(_TILE_FIELDS):
+                    tl.store(info + field, full, mask=i < end)
+                tl.store(info, full + head.to(tl.int32), mask=i < end)
+                tl.store(info + 4, full + 1, mask=i < end)
+                tl.store(info + 5, full + chunk, mask=i < end)
+                tl.store(info + 7, full + (head // heads).to(tl.int32), mask=i < end)
 
 
 _SCATTER = [*_COUNTS, "chunk_pairs", "ring", "ring_slots"]
@@ -367,12 +388,13 @@ def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) 
 
 def build(
     work: Work, words: Tensor, key_mask: Tensor, geometry: Geometry,
-    *, capacity: int, head_capacity: int, chunk_pairs: int, ring: int,
+    *, capacity: int, head_capacity: int, chunk_pairs: int, ring: int, least_tiles: int = 0,
 ) -> Lists:  # fmt: skip
     """Tables for ``words`` int32 [B, H, N, W] and ``key_mask`` bool [B, S] or no elements.
 
     ``capacity`` bounds the pairs of all heads, ``head_capacity`` those of one, ``chunk_pairs`` those of a chunk (but
-    for one group of queries); the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows.
+    for one group of queries); the buffer of partials has ``ring`` chunks of ``Lists.slots`` rows. Each head has at least
+    ``least_tiles`` tiles, of which some may be without queries.
     """
     batch, heads = words.shape[:2]
     num_heads, tokens, num_boxes = batch * heads, geometry.num_tokens, geometry.num_boxes
@@ -381,7 +403,7 @@ def build(
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
     per_head = triton.cdiv(min(head_capacity, tokens * boxes), chunk_pairs)
     max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
-    max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes
+    max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes + num_heads * least_tiles
     masked = key_mask.numel() > 0
     new = partial(work.empty, dtype=torch.int32)
     keys, span = list_all_keys(work, key_mask, geometry, batch)
@@ -396,13 +418,14 @@ def build(
     totals = new(4)
     work.launch(
         cut_chunks, (num_heads * per_head + 1,), count, total, start, cut, totals,
-        num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, TILE=TILE, BLOCK=256, num_warps=2,
+        num_heads, boxes, groups, chunk_pairs, per_head, capacity, head_capacity, least_tiles,
+        TILE=TILE, BLOCK=256, num_warps=2,
     )  # fmt: skip
     tiles, chunks = new(max_tiles, TILE_FIELDS), new(max_chunks, CHUNK_FIELDS)
-    first_chunk, done = new(num_heads + 1), new(2 * max_chunks + num_heads)
+    first_chunk, done = new(num_heads + 1), new(2 * (2 * max_chunks + num_heads))
     work.launch(
         list_tiles, (max_chunks, boxes), count, total, start, cut, span, tiles, chunks, first_chunk, totals,
-        done, num_heads, boxes, groups, per_head, tokens, heads, int(masked), max_chunks,
+        done, num_heads, groups, per_head, tokens, heads, int(masked), max_chunks,
         TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)

@@ -43,56 +43,47 @@ def tell(TILES, DONE, done, told, num_tiles):
 
 
 @gluon.jit
-def put_block(packed, row, i, ring, full, empty, SLOTS: gl.constexpr, BYTES: gl.constexpr):
-    """Copy a block of packed keys or values into the next slot."""
-    at = i % SLOTS
-    mbarrier.wait(empty.index(at), ((i // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full.index(at), BYTES)
-    tma.async_copy_global_to_shared(packed, [row, 0], full.index(at), ring.index(at))
+def read_box(TILES, tile, BLOCK: gl.constexpr):
+    """Head, first packed row and number of blocks of keys of a tile."""
+    info = TILES + _TILE_FIELDS * tile
+    return gl.load(info), gl.load(info + 3), (gl.load(info + 4) + BLOCK - 1) // BLOCK
 
 
 @gluon.jit
 def feed(feed_from, feed_to, feed_counts, BLOCK: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr):
-    """Keys and values of every tile, in the order in which :func:`attend` takes them."""
+    """Keys and values of every tile, in the order in which :func:`attend` takes them: values one block behind keys."""
     packed_k, packed_v, TILES, PACKED = feed_from
-    ring, full, empty = feed_to
+    keys, values, full_k, full_v, empty = feed_to
     group, packed_rows, num_tiles, packers = feed_counts
     BYTES: gl.constexpr = BLOCK * D * 2
     step = gl.num_programs(0)
     t = gl.program_id(0)
     if t < num_tiles:
         i, row, before = 0, 0, -1
-        info = TILES + _TILE_FIELDS * t
-        head, box, size = gl.load(info), gl.load(info + 3), gl.load(info + 4)
-        for tile in range(t, num_tiles, step):
-            info = TILES + _TILE_FIELDS * gl.minimum(tile + step, num_tiles - 1)
-            next_head, next_box, next_size = gl.load(info), gl.load(info + 3), gl.load(info + 4)
+        head, box, blocks = read_box(TILES, t, BLOCK)
+        for tile in range(t, num_tiles + step, step):  # one more, for keys that nobody uses
+            next_head, next_box, next_blocks = read_box(TILES, gl.minimum(tile + step, num_tiles - 1), BLOCK)
             kv_head = head // group
-            # The first keys of a tile come before the last values of the tile before it; of a tile far ahead, whose
-            # keys may wait for this very tile to be done, after them.
-            far = kv_head > before + 1
-            if i > 0:
-                put_block(packed_v, row, i, ring, full, empty, SLOTS, BYTES)
-                i += 1
-                if far:
-                    put_block(packed_k, row, i, ring, full, empty, SLOTS, BYTES)
-                    i += 1
             if kv_head != before:
                 wait_until(PACKED + kv_head, packers)
                 fence_async_global()
                 before = kv_head
             box += (kv_head % 2) * packed_rows
-            row = box + (size - 1) // BLOCK * BLOCK
-            put_block(packed_k, row, i, ring, full, empty, SLOTS, BYTES)
-            i += 1
-            for start in range(0, (size - 1) // BLOCK * BLOCK, BLOCK):
-                put_block(packed_k, box + start, i, ring, full, empty, SLOTS, BYTES)
-                put_block(packed_v, row, i + 1, ring, full, empty, SLOTS, BYTES)
-                i += 2
-                row = box + start
-            head, box, size = next_head, next_box, next_size
-        put_block(packed_v, row, i, ring, full, empty, SLOTS, BYTES)
-        put_block(packed_k, row, i + 1, ring, full, empty, SLOTS, BYTES)
+            end = box + gl.where(tile < num_tiles, blocks, 1) * BLOCK
+            at = box
+            # Not ``range``: Triton 3.6 forgets that ``blocks`` changes where all it does is to end a loop.
+            while at < end:
+                at_k, at_v = i & (SLOTS - 1), (i - 1) & (SLOTS - 1)
+                mbarrier.wait(empty.index(at_k), ((i // SLOTS) & 1) ^ 1)
+                v_row, row = row, at
+                at += BLOCK
+                mbarrier.expect(full_k.index(at_k), BYTES)
+                tma.async_copy_global_to_shared(packed_k, [row, 0], full_k.index(at_k), keys.index(at_k))
+                if i > 0:
+                    mbarrier.expect(full_v.index(at_v), BYTES)
+                    tma.async_copy_global_to_shared(packed_v, [v_row, 0], full_v.index(at_v), values.index(at_v))
+                i += 1
+            head, box, blocks = next_head, next_box, next_blocks
 
 
 @gluon.jit
@@ -210,22 +201,44 @@ def merge_queries(
 
 
 @gluon.jit
+def first_behind(PLACE, first, last, slot):
+    """The first of queries ``first ... last`` whose partials begin at ``slot`` or behind; ``last`` if none does."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    while first < last:
+        step = (last - first + 31) // 32
+        query = first + lane * step
+        begin = gl.load(PLACE + query.to(gl.int64) * 2, mask=query < last, other=2147483647)
+        before = gl.reduce((begin < slot).to(gl.int32), 0, add)
+        last = gl.minimum(last, first + before * step)
+        first += gl.maximum((before - 1) * step + 1, 0)
+    return first
+
+
+@gluon.jit
+def share_of(PLACE, first, last, worker, workers):
+    """This worker's queries of ``first ... last``: as many partials for each worker, not as many queries."""
+    final = PLACE + (last - 1).to(gl.int64) * 2
+    start, stop = gl.load(PLACE + first.to(gl.int64) * 2), gl.load(final) + gl.load(final + 1)
+    share = (stop - start) // workers + 1  # so that the last worker also gets queries without partials, at the end
+    begin = start + worker * share
+    return first_behind(PLACE, first, last, begin), first_behind(PLACE, first, last, begin + share)
+
+
+@gluon.jit
 def serve(WARP: gl.constexpr, pack_from, pack_to, merge_from, OUT, LSE, counts, D: gl.constexpr):
     """This warp's share of packing every head, two ahead, and of merging every chunk but the last once it is done."""
     PART, PART_LSE, PLACE, CHUNKS, DONE, MERGED, rows, weights = merge_from
     head_dim, tokens, masked, group, kv_heads, all_kv_heads, num_chunks = counts
     workers = gl.num_programs(0) * _WARPS
     worker = gl.program_id(0) * _WARPS + WARP
-    for kv_head in range(0, gl.minimum(all_kv_heads, 2)):
+    for kv_head in range(0, gl.where(num_chunks > 0, gl.minimum(all_kv_heads, 2), 0)):
         pack(pack_from, pack_to, kv_head, kv_heads, head_dim, tokens, masked, worker, workers, D)
     for chunk in range(0, num_chunks - 1):
         info = CHUNKS + _CHUNK_FIELDS * chunk
         head, begin, end = gl.load(info), gl.load(info + 1), gl.load(info + 2)
         tiles = gl.load(info + 4) - gl.load(info + 3)
         next_kv_head = gl.load(info + _CHUNK_FIELDS) // group
-        share = (end - begin + workers - 1) // workers
-        first = gl.minimum(begin + worker * share, end) + head * tokens
-        last = gl.minimum(begin + worker * share + share, end) + head * tokens
+        first, last = share_of(PLACE, head * tokens + begin, head * tokens + end, worker, workers)
         wait_until(DONE + chunk, tiles)
         if first < last:
             merge_queries(WARP, PART, PART_LSE, PLACE, OUT, LSE, first, last, rows, weights, head_dim, D)

@@ -242,6 +242,20 @@ def test_few_heads_at_a_time(implementation, tight):
 
 
 @every_implementation
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("rise", [0.05, 20.0, 200.0])
+def test_scores_that_rise_within_a_box(rise, dtype, implementation):
+    """The kernel for Hopper begins with the peak of a box's first keys, and again where later ones go far beyond."""
+    case = Case(grid=(2, 8, 20), block=(2, 8, 10), batch=1, heads=2, kv_heads=1, head_dim=64)
+    tensors = case.tensors(dtype)
+    tensors.k[:, :, case.num_tokens // 2 :] *= rise
+    truth = case.truth(tensors)
+    out, lse = run(case, tensors, implementation, choose(case, tensors).words)
+    assert relative(out, truth.out) < TOLERANCE[dtype]
+    torch.testing.assert_close(lse.double(), truth.lse, rtol=1e-6, atol=1e-4)  # up to 500
+
+
+@every_implementation
 def test_nan_stays_with_its_query(implementation):
     case = CASE.but(head_dim=64, batch=1)
     tensors = case.tensors(torch.bfloat16)
@@ -287,8 +301,9 @@ def test_selection_and_attention(pool, mode, implementation):
     assert relative(out.cpu(), case.truth(tensors).out) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("least_tiles", [0, 50])
 @pytest.mark.parametrize("masked", ["none", "tokens"])
-def test_lists_hold_every_pair_once(masked):
+def test_lists_hold_every_pair_once(masked, least_tiles):
     """The entries of a box are its queries in ascending order, and places are the ranks of pairs by query."""
     case = CASE.but(masked=masked)
     tensors = case.tensors()
@@ -305,13 +320,24 @@ def test_lists_hold_every_pair_once(masked):
         head_capacity=capacity,
         chunk_pairs=1,
         ring=2,
+        least_tiles=least_tiles,
     )
-    tiles, _, overflow, _ = lists.totals.tolist()
+    tiles, chunks, overflow, unsteady = lists.totals.tolist()
     assert not overflow
+    assert not unsteady
+    table = lists.tiles[:tiles].tolist()
+    assert all(sum(row[0] == head for row in table) >= least_tiles for head in range(case.batch * case.heads))
+    assert [sum(row[5] == chunk for row in table) for chunk in range(chunks)] == [
+        last - first for _, _, _, first, last, *_ in lists.chunks[:chunks].tolist()
+    ]
+    assert not lists.done[:chunks].any()
     truth = case.truth(tensors)
     boxes = unpack_bits(words, geometry.num_boxes)
     seen = torch.zeros(case.batch, case.heads, case.num_tokens, geometry.num_boxes + 1, dtype=torch.bool)
-    for head, first, last, key, size, chunk, box, _ in lists.tiles[:tiles].tolist():
+    for head, first, last, key, size, chunk, box, _ in table:
+        if first == last:
+            assert (key, size) == (0, 1)
+            continue
         sample, of_sample = divmod(head, case.heads)
         entries = lists.entries[first : min(last, first + attend_lists.TILE)]
         queries = (entries >> attend_lists.RANK_BITS).tolist()

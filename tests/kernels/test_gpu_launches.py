@@ -25,7 +25,6 @@ CASES = {
     "topk": CASE.but(mode="topk", topk=3),
     "everything": CASE.but(threshold=1.0, prefix=0, suffix=0),
 }
-MOST_HOST_MS = 1.0  # aimed at: 0.3; twice and more of that where others use the machine
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "hopper"] if HAS_HOPPER else ["triton"])
@@ -165,22 +164,30 @@ def test_launch_hooks_see_every_launch(implementation):
     assert counts[0] == counts[1] == counts[2] > 15
 
 
+def host_milliseconds(call, grad: bool) -> float:
+    """The median of twenty calls, after ten."""
+    times = []
+    with torch.set_grad_enabled(grad):
+        for _ in range(30):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = call()
+            times.append((time.perf_counter() - start) * 1e3)
+            del result
+    return statistics.median(times[10:])
+
+
 @every_implementation
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_host_time(implementation, grad, monkeypatch):
-    """Milliseconds until a forward returns, the GPU idle before."""
+    """A forward returns sooner when it replays its launches than when it launches, the GPU idle before."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.use_deterministic_algorithms(False)
     tensors = inputs(CASE.but(heads=12, kv_heads=12, head_dim=128, prefix=0, suffix=0))
     case = CASE.but(prefix=0, suffix=0)
     for x in tensors[:3]:
         x.requires_grad_(grad)
-    times = []
-    with torch.set_grad_enabled(grad):
-        for _ in range(30):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            out = run(case, implementation, tensors)
-            times.append((time.perf_counter() - start) * 1e3)
-            del out
-    assert statistics.median(times[10:]) < MOST_HOST_MS, times
+    replayed = host_milliseconds(lambda: run(case, implementation, tensors), grad)
+    monkeypatch.setattr(launches, "launches_are_observed", lambda: True)
+    launched = host_milliseconds(lambda: run(case, implementation, tensors), grad)
+    assert replayed < 0.6 * launched, (replayed, launched)
