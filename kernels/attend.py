@@ -14,7 +14,7 @@ from .partition import Geometry
 
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
 MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
-ROOM = 36 * 2**20  # bytes for partial results; where lists would leave less, a few heads are done at a time
+ROOM = 36 * 2**20  # bytes for partial results, or a quarter of all; if lists leave less, heads are done in groups
 
 
 def pair_capacity(geometry: Geometry, heads: int, share: float) -> int:
@@ -69,7 +69,8 @@ def attention(
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
     step = kv_heads
     if by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
-        room = scratch - ROOM - 4 * geometry.num_tokens * q.shape[-1] * q.element_size()  # two heads' keys and values
+        packed = 4 * geometry.num_tokens * q.shape[-1] * q.element_size()  # keys and values of two heads
+        room = scratch - packed - min(ROOM, scratch // 4)
         for parts in range(1, kv_heads + 1):
             step = math.ceil(kv_heads / parts)
             if table_bytes(geometry, 1, step * (heads // kv_heads), share) <= room:

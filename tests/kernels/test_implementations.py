@@ -81,6 +81,36 @@ def test_pairs_beyond_32_bits():
         assert not why(q, geometry, 1.0, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("grid", "block", "heads", "groups"),
+    [
+        ((21, 30, 52), (3, 30, 52), 12, 1),  # few boxes, short lists
+        ((21, 30, 52), (7, 5, 13), 12, 2),
+        ((21, 30, 52), (7, 5, 13), 10, 2),
+        ((24, 36, 64), (8, 12, 8), 12, 2),
+        ((24, 36, 64), (8, 12, 8), 8, 3),
+    ],
+)
+def test_heads_at_a_time(grid, block, heads, groups, monkeypatch):
+    """Few groups of heads: each has launches of its own, and its last partial results are merged by themselves."""
+    pytest.importorskip("triton")
+    from vmoba_compile.kernels import attend
+    from vmoba_compile.kernels.launches import Work
+    from vmoba_compile.kernels.partition import Geometry
+
+    done = []
+    monkeypatch.setattr(attend.attend_triton, "attention", lambda work, q, *rest, **limits: done.append(q.shape[1]))
+    geometry = Geometry(grid, block)
+    q = torch.empty(1, heads, geometry.num_tokens, 128, device="meta", dtype=torch.bfloat16)
+    words = torch.empty(1, heads, geometry.num_video, geometry.num_words, device="meta", dtype=torch.int32)
+    mask = torch.empty(0, device="meta", dtype=torch.bool)
+    attend.attention(
+        Work(q.device), q, q, q, words, mask, geometry, 1.0, implementation="triton", share=0.25, by_head=True
+    )
+    assert len(done) == groups
+    assert sum(done) == heads
+
+
 def test_long_rows_of_the_gate():
     with pytest.raises(ValueError, match="pool 'query_head' takes up to 2048 boxes, not 4096"):
         q = torch.zeros(1, 1, 4096, 8)
