@@ -100,8 +100,10 @@ def plot(facts: dict, path: Path) -> None:
 
     rows = [row for row in facts["rows"] if "error" not in row]
     scaling = [row for row in facts.get("scaling", {}).get("rows", []) if "error" not in row]
-    panels = 2 if scaling else 1
-    figure, axes = plt.subplots(1, panels, figsize=(4 + 5 * panels, 4.5), layout="constrained", squeeze=False)
+    widths = [1 + 0.85 * len({row["label"] for row in rows}), *([5] if scaling else [])]  # inches
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(sum(widths), 4.5), width_ratios=widths, layout="constrained", squeeze=False
+    )
     _plot_ratios(axes[0, 0], rows)
     if scaling:
         _plot_scaling(axes[0, 1], scaling, facts["scaling"])
@@ -116,7 +118,7 @@ def _plot_ratios(axes, rows: list[dict]) -> None:
         mine = [row for row in rows if row["scheme"] == scheme]
         at = [labels.index(row["label"]) + (place - 1) * 0.27 for row in mine]
         bars = axes.bar(at, [row["ratio"] for row in mine], 0.25, label=scheme)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6)
     axes.axhline(1, color="grey", linewidth=1)
     names = [label.replace(", ", "\n").replace(" ", "\n") for label in labels]
     axes.set_xticks(range(len(labels)), names, fontsize=6)
