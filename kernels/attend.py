@@ -52,6 +52,7 @@ def attention(
     selection has more, all is NaN. Tiles of queries have no such bound.
     """
     batch, heads, kv_heads = *q.shape[:2], k.shape[1]
+    group = heads // kv_heads
     tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
     given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
     scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
@@ -73,14 +74,14 @@ def attention(
         room = scratch - packed - min(ROOM, scratch // 4)
         for parts in range(1, kv_heads + 1):
             step = math.ceil(kv_heads / parts)
-            if table_bytes(geometry, 1, step * (heads // kv_heads), share) <= room:
+            if table_bytes(geometry, 1, step * group, share) <= room:
                 break
     for i in range(0, batch, together):
         samples = slice(i, i + together)
         mask = work.part(key_mask, samples)
         for first in range(0, kv_heads, step):
             kv = samples, slice(first, first + step)
-            own = samples, slice(first * (heads // kv_heads), (first + step) * (heads // kv_heads))
+            own = samples, slice(first * group, (first + step) * group)
             inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
             count, here = inputs[0].shape[:2]
             pairs = count * pair_capacity(geometry, here, share)

@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import attend_lists
-from .attend_lists import TILE
 from .attend_merge import QUERIES, merge_last, refuse
 from .hopper_attend import INFOS, PART_QUERIES, PARTS, attend
 from .hopper_serve import DEPTH, ROWS, WARPS, feed, serve, tell
@@ -156,14 +155,14 @@ def attention(
     """
     batch, heads, tokens, head_dim = q.shape
     dim = max(64, power_of_two(head_dim))
-    boxes = geometry.num_boxes + (geometry.num_condition > 0)
+    boxes = geometry.num_key_boxes
     shape = SHAPES[dim]
     packed_rows, kv_heads = tokens + shape.block, k.shape[1]
     packed_shape = min(2, batch * kv_heads) * packed_rows, dim
     row_bytes, slack = dim * 2 + 4, attend_lists.GROUP * boxes
     slots = min((scratch - 4 * packed_shape[0] * dim) // row_bytes, (2**31 - 1) // dim - 64)
     # Chunks of partials; a third gives those who merge more time, as long as most tiles of a chunk are full.
-    ring = 3 if slots // 3 - slack >= FULL_TILES * TILE * boxes else 2
+    ring = 3 if slots // 3 - slack >= FULL_TILES * attend_lists.TILE * boxes else 2
     chunk_pairs = min(max(slots // ring - slack, slack), head_capacity)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     lists = attend_lists.build(

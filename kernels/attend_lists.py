@@ -374,7 +374,7 @@ def scatter_entries(
 
 def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) -> tuple[Tensor, Tensor]:
     """``keys`` and ``span`` of :class:`Lists`; ``key_mask`` bool [B, S] or no elements."""
-    tokens, boxes = geometry.num_tokens, geometry.num_boxes + (geometry.num_condition > 0)
+    tokens, boxes = geometry.num_tokens, geometry.num_key_boxes
     masked = key_mask.numel() > 0
     keys = work.empty(batch if masked else 1, tokens, dtype=torch.int32)
     span = work.empty(batch if masked else 1, boxes, 2, dtype=torch.int32)
@@ -398,7 +398,7 @@ def build(
     """
     batch, heads = words.shape[:2]
     num_heads, tokens, num_boxes = batch * heads, geometry.num_tokens, geometry.num_boxes
-    boxes = num_boxes + (geometry.num_condition > 0)
+    boxes = geometry.num_key_boxes
     groups = triton.cdiv(tokens, GROUP)
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
     per_head = triton.cdiv(min(head_capacity, tokens * boxes), chunk_pairs)

@@ -127,7 +127,7 @@ def attention(
     group, num_heads = heads // kv_heads, batch * heads
     dim = max(16, power_of_two(head_dim))
     block, warps, stages = tile_shape(q)
-    boxes = geometry.num_boxes + (geometry.num_condition > 0)
+    boxes = geometry.num_key_boxes
     packed_head = packed_rows(geometry, block)[1] * dim * q.element_size()
     together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))  # kv heads packed at a time
 

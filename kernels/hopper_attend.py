@@ -106,7 +106,7 @@ def copy_info(TILES, tile, infos, INDEX: gl.constexpr, n):
 def info(infos, INDEX: gl.constexpr, n, FIELD: gl.constexpr):
     """A field of the n-th tile of this program."""
     ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    fields = infos._reinterpret(gl.int32, [2 * _INFOS * _TILE_FIELDS, 1], ONE)
+    fields = infos._reinterpret(gl.int32, [infos.shape[0] * _TILE_FIELDS, 1], ONE)
     field = fields.index((INDEX * _INFOS + n % _INFOS) * _TILE_FIELDS + FIELD)
     return gl.reduce(field.load(gl.BlockedLayout([1], [32], [4], [0])), 0, add)
 

@@ -43,6 +43,11 @@ class Geometry:
         return self.prefix + self.suffix
 
     @property
+    def num_key_boxes(self) -> int:
+        """Boxes that keys lie in: those of the video, and one more for the condition tokens."""
+        return self.num_boxes + (self.num_condition > 0)
+
+    @property
     def counts(self) -> Triple:
         """Boxes along (frames, rows, columns)."""
         return box_counts(self.grid, self.block)

@@ -34,8 +34,8 @@ SEEK, LIST, TIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # The sampled histogram looks at the top 13 bits of the key: sign, exponent, four bits of the mantissa.
 COARSE_SHIFT, COARSE_BINS = tl.constexpr(19), tl.constexpr(1 << 13)
-# Low bits of a listed entry: its place in the order of ties.
 INFINITY_KEY = tl.constexpr(4286578688)  # the largest of a number
+# Low bits of a listed entry: its place in the order of ties.
 PLACE_BITS, PLACE_MASK = tl.constexpr(40), tl.constexpr((1 << 40) - 1)
 
 SIZES = [

@@ -41,6 +41,15 @@ def plans(monkeypatch):
     return implementations.PLANS
 
 
+@pytest.fixture
+def tight(monkeypatch):
+    """Hardly any scratch memory for attention: many chunks, few samples and heads at a time."""
+    from vmoba_compile.kernels import attend
+
+    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
+    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill uninitialised tensors with NaN (integers: their maximum), so that an element left unwritten is seen.

@@ -21,7 +21,7 @@ from kernel_cases import (
     relative,
 )
 from kernel_cases import run_operator as run
-from vmoba_compile.kernels import attend, attend_lists, attend_pack, attend_tiles, attention, partition
+from vmoba_compile.kernels import attend_lists, attend_pack, attend_tiles, attention, partition
 from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, tile_of, unpack_bits
 
@@ -39,13 +39,6 @@ def small(monkeypatch):
     monkeypatch.setattr(partition, "TILE_SIZES", (TILE,))
     monkeypatch.setitem(partition.TILE_OF, "tile", TILE)
     monkeypatch.setattr(attend_tiles, "program_shape", lambda q: (16, KEYS, 4, 2))
-
-
-@pytest.fixture
-def tight(monkeypatch):
-    """Hardly any scratch memory: one head at a time."""
-    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
-    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
 
 
 WORK = Work(torch.device(DEVICE))

@@ -21,7 +21,7 @@ from kernel_cases import (
     relative,
 )
 from kernel_cases import run_operator as run
-from vmoba_compile.kernels import attend, attend_lists, attend_triton, attention
+from vmoba_compile.kernels import attend_lists, attend_triton, attention
 from vmoba_compile.kernels.launches import Work
 from vmoba_compile.kernels.partition import Geometry, box_order, unpack_bits
 
@@ -41,13 +41,6 @@ def small(monkeypatch):
         monkeypatch.setattr(attend_lists, "TILE", 16)
         monkeypatch.setattr(attend_triton, "TILE", 16)
         monkeypatch.setattr(attend_triton, "QUERIES", 16)
-
-
-@pytest.fixture
-def tight(monkeypatch):
-    """Hardly any scratch memory: many chunks, few heads at a time."""
-    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
-    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
 
 
 CASE = Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, suffix=5, batch=1, heads=2, kv_heads=1, head_dim=40)

@@ -61,11 +61,7 @@ def test_other_inputs(case, implementation, plans):
 
 
 @every_implementation
-def test_samples_one_at_a_time(implementation, plans, monkeypatch):
-    from vmoba_compile.kernels import attend
-
-    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
-    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
+def test_samples_one_at_a_time(implementation, plans, tight):
     case = CASE.but(batch=3, masked="tokens")
     for seed in range(3):
         tensors = inputs(case.but(seed=seed))

@@ -131,10 +131,8 @@ def test_attention(implementation, masked, hopper):
 
 
 @every_attention
-def test_samples_one_at_a_time(implementation, hopper, monkeypatch):
+def test_samples_one_at_a_time(implementation, hopper, tight):
     """Each sample takes the scratch memory of the one before."""
-    monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
-    monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
     sizes = {}
     for batch in (1, 3):
         case = CASE.but(batch=batch)
