@@ -16,11 +16,12 @@ test-gpu:        ## what needs an NVIDIA GPU: its own tests, and the kernels' te
 	$(SETUP) dev
 	.venv/bin/python -P -m pytest -m gpu $(PYTEST_ARGS)
 	.venv/bin/python -P -m pytest tests/kernels/test_select_triton.py tests/kernels/test_attend_triton.py \
-		tests/kernels/test_attend_tiles.py $(PYTEST_ARGS)
+		tests/kernels/test_attend_tiles.py tests/kernels/test_attend_backward.py $(PYTEST_ARGS)
 
-bench:           ## one attention against cuDNN's, at production sizes
+bench:           ## one attention against cuDNN's at production sizes, forward alone and with its backward
 	$(SETUP) dev
 	.venv/bin/python -P benchmarks/attention.py --scaling
+	.venv/bin/python -P benchmarks/training.py
 
 lint:
 	$(SETUP) dev

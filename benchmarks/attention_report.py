@@ -16,7 +16,7 @@ def shape(numbers: tuple[int, ...]) -> str:
     return "x".join(map(str, numbers))
 
 
-def _table(title: str, *columns: str) -> Table:
+def empty_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
@@ -24,7 +24,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def check_table(rows: list[dict]) -> Table:
-    table = _table(
+    table = empty_table(
         "against the reference in float32", "grid", "inputs", "tokens", "heads", "scheme", "block", "relative error",
         "largest", "selection differs", "",
     )  # fmt: skip
@@ -46,7 +46,7 @@ def case_table(case: Case, rows: list[dict], peers: list[dict]) -> Table:
     """Sparse rows and flex_attention's of one shape; what failed has been printed before."""
     rows, peers = ([row for row in group if "error" not in row] for group in (rows, peers))
     condition = f", {case.num_condition} of them condition" if case.num_condition else ""
-    table = _table(
+    table = empty_table(
         f"{case.label}: {case.num_tokens} tokens{condition}, {case.heads} heads x {case.head_dim}",
         "scheme", "block", "density", "select ms", "attention ms", "total ms", "dense ms", "ratio",
         "useful TFLOP/s (dense)", "peak GiB (of dense)", "host ms",
@@ -72,7 +72,7 @@ def case_table(case: Case, rows: list[dict], peers: list[dict]) -> Table:
 
 
 def scaling_table(facts: dict) -> Table:
-    table = _table(
+    table = empty_table(
         facts["what"], "grid", "tokens", "dense ms", *(f"{s} ms (density)" for s in SCHEMES), "mean ms", "ratio"
     )
     for row in facts["rows"]:
@@ -104,7 +104,7 @@ def plot(facts: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(widths), figsize=(sum(widths), 4.5), width_ratios=widths, layout="constrained", squeeze=False
     )
-    _plot_ratios(axes[0, 0], rows)
+    plot_ratios(axes[0, 0], rows, "selection and attention")
     if scaling:
         _plot_scaling(axes[0, 1], scaling, facts["scaling"])
     figure.suptitle(facts["title"], fontsize=9)
@@ -112,7 +112,7 @@ def plot(facts: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_ratios(axes, rows: list[dict]) -> None:
+def plot_ratios(axes, rows: list[dict], title: str) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for place, scheme in enumerate(SCHEMES):
         mine = [row for row in rows if row["scheme"] == scheme]
@@ -122,7 +122,7 @@ def _plot_ratios(axes, rows: list[dict]) -> None:
     axes.axhline(1, color="grey", linewidth=1)
     names = [label.replace(", ", "\n").replace(" ", "\n") for label in labels]
     axes.set_xticks(range(len(labels)), names, fontsize=6)
-    axes.set(ylabel="speed against dense", title="selection and attention")
+    axes.set(ylabel="speed against dense", title=title)
     axes.margins(y=0.15)
     axes.legend(ncols=len(SCHEMES), loc="upper center")
 

@@ -130,6 +130,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
             raise ValueError(f"key_mask is on {key_mask.device}, q on {q.device}")
 
 
+def _refuse_transforms(*tensors: Tensor) -> None:
+    """Derivatives that the operator lacks would be an obscure error, or zero where nothing requires a gradient."""
+    if torch.compiler.is_compiling():  # traced where neither exists
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {level.key() for level in levels}
+    if torch._C._functorch.TransformType.Grad in kinds:
+        raise RuntimeError(
+            "vmoba::attention cannot be differentiated by torch.func (grad, vjp, jacrev); use torch.autograd.grad or"
+            " backward()"
+        )
+    dual = any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if dual or torch._C._functorch.TransformType.Jvp in kinds:
+        raise NotImplementedError(
+            "vmoba::attention has no derivative in forward mode (forward mode AD: torch.func.jvp, make_dual); use"
+            " backward mode, or dense attention"
+        )
+
+
 def select(
     q: Tensor,
     k: Tensor,
@@ -230,6 +249,7 @@ def attention(
     check_selection(
         pool=pool, mode=mode, threshold=threshold, topk=topk, granularity=granularity, implementation=implementation
     )
+    _refuse_transforms(q, k, v)
     mask, tile = _mask_or_empty(q, key_mask), TILE_OF[granularity]
     words = _select(q, k, mask, geometry, pool, mode, threshold, topk, implementation, tile)
     return torch.ops.vmoba.attention(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import attend_hopper, attend_tiles, attend_triton
+from . import attend_backward, attend_hopper, attend_tiles, attend_triton, backward_hopper, backward_triton
 from .launches import Work
 from .partition import Geometry
 
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
+GRADIENT_MEMORY_SHARE = 0.65  # the same for the backward, in which dense attention needs more as well
 MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
 ROOM = 36 * 2**20  # bytes for partial results, or a quarter of all; if lists leave less, heads are done in groups
 
@@ -51,8 +53,7 @@ def attention(
     At most ``share`` of the other boxes' entries of a sample, or of a head if ``by_head``, are selected; where a
     selection has more, all is NaN. Tiles of queries have no such bound.
     """
-    batch, heads, kv_heads = *q.shape[:2], k.shape[1]
-    group = heads // kv_heads
+    batch, heads = q.shape[:2]
     tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
     given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
     scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
@@ -62,10 +63,50 @@ def attention(
         return out, lse
     run: Callable[..., None] = attend_triton.attention
     if implementation == "hopper":
-        reason = why_not_hopper(q, k, v)
-        if reason:
-            raise ValueError(f"implementation='hopper' cannot run: {reason}; use 'auto' or 'triton'")
+        _must_run(why_not_hopper(q, k, v))
         run = attend_hopper.attention
+    for own, kv, limits in list_groups(geometry, q, k, share, by_head, scratch):
+        inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
+        with work.section():
+            run(work, *inputs, work.part(key_mask, own[0]), out[own], lse[own], geometry, scale, **limits)
+    return out, lse
+
+
+def _must_run(reason: str) -> None:
+    if reason:
+        raise ValueError(f"implementation='hopper' cannot run: {reason}; use 'auto' or 'triton'")
+
+
+def attention_backward(
+    work: Work, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor, geometry: Geometry, scale: float, *, implementation: str, share: float, by_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``dq``, ``dk`` and ``dv`` in the shapes and dtypes of ``q``, ``k`` and ``v``; see :func:`attention`."""
+    kernels: ModuleType = backward_triton
+    if implementation == "hopper":
+        _must_run(why_not_hopper(q, k, v))
+        kernels = backward_hopper
+    dq, dk, dv = (work.output(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
+    scratch = max(MEMORY_FLOOR, int(GRADIENT_MEMORY_SHARE * tensor_bytes) - 4 * words.numel())
+    delta = attend_backward.deltas(work, dout, out, dlse)
+    for own, kv, limits in list_groups(geometry, q, k, share, by_head, scratch):
+        part = work.part
+        with work.section():
+            attend_backward.gradients(
+                work, part(dout, *own), part(q, *own), part(k, *kv), part(v, *kv), part(words, *own),
+                part(key_mask, own[0]), part(lse, *own), delta[own], dq[own], dk[kv], dv[kv], geometry, scale,
+                kernels=kernels, **limits,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def list_groups(
+    geometry: Geometry, q: Tensor, k: Tensor, share: float, by_head: bool, scratch: int
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], dict[str, int]]]:
+    """Samples and heads that are done at a time: slices of q and of k, and what bounds their lists and buffers."""
+    batch, heads, kv_heads = *q.shape[:2], k.shape[1]
+    group = heads // kv_heads
     capacity = pair_capacity(geometry, heads, share)
     together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
     step = kv_heads
@@ -77,19 +118,16 @@ def attention(
             if table_bytes(geometry, 1, step * group, share) <= room:
                 break
     for i in range(0, batch, together):
-        samples = slice(i, i + together)
-        mask = work.part(key_mask, samples)
+        samples = slice(i, min(i + together, batch))
+        count = samples.stop - samples.start
         for first in range(0, kv_heads, step):
-            kv = samples, slice(first, first + step)
-            own = samples, slice(first * group, (first + step) * group)
-            inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
-            count, here = inputs[0].shape[:2]
+            kv = samples, slice(first, min(first + step, kv_heads))
+            own = samples, slice(kv[1].start * group, kv[1].stop * group)
+            here = own[1].stop - own[1].start
             pairs = count * pair_capacity(geometry, here, share)
-            of_head = pair_capacity(geometry, 1, share) if by_head else pairs
-            tables = table_bytes(geometry, count, here, share)
-            with work.section():
-                run(
-                    work, *inputs, mask, out[own], lse[own], geometry, scale,
-                    capacity=pairs, head_capacity=of_head, scratch=max(scratch - tables, scratch // 4),
-                )  # fmt: skip
-    return out, lse
+            limits = {
+                "capacity": pairs,
+                "head_capacity": pair_capacity(geometry, 1, share) if by_head else pairs,
+                "scratch": max(scratch - table_bytes(geometry, count, here, share), scratch // 4),
+            }
+            yield own, kv, limits

@@ -145,6 +145,16 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
+def padded(head_dim: int) -> int:
+    """The head size of the kernels."""
+    return max(64, power_of_two(head_dim))
+
+
+def describe(x: Tensor, shape: list[int]) -> TensorDescriptor:
+    """Blocks of ``x`` as the copy engine brings them to the tensor cores."""
+    return TensorDescriptor.from_tensor(x, shape, gl.NVMMASharedLayout(128, 16, 2))
+
+
 def attention(
     work: Work, q: Tensor, k: Tensor, v: Tensor, words: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
     geometry: Geometry, scale: float, *, capacity: int, head_capacity: int, scratch: int,
@@ -154,7 +164,7 @@ def attention(
     About ``scratch`` bytes of buffers.
     """
     batch, heads, tokens, head_dim = q.shape
-    dim = max(64, power_of_two(head_dim))
+    dim = padded(head_dim)
     boxes = geometry.num_key_boxes
     shape = SHAPES[dim]
     packed_rows, kv_heads = tokens + shape.block, k.shape[1]
@@ -173,8 +183,7 @@ def attention(
     part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
     strides = [stride // 8 for x in (q, k, v) for stride in x.stride()[:3]]
     packed = [new(*packed_shape) for _ in range(2)]
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    descriptors = [TensorDescriptor.from_tensor(x, [shape.block, dim], layout) for x in packed]
+    descriptors = [describe(x, [shape.block, dim]) for x in packed]
     steady = q.dtype == torch.bfloat16  # see hopper_attend; the second launch ends at once unless the first was in vain
     for again in range(1 + steady):
         work.launch(
@@ -191,5 +200,6 @@ def attention(
     )  # fmt: skip
     rows = batch * heads * tokens
     work.launch(
-        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, BLOCK=64, HEAD_DIM=head_dim, D=dim, num_warps=4
-    )
+        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows,
+        BLOCK=64, HEAD_DIM=head_dim, D=dim, HAS_LSE=True, num_warps=4,
+    )  # fmt: skip

@@ -46,14 +46,18 @@ class Lists:
     """Device tables of one attention; sizes that depend on the selection exist on the device only.
 
     ``keys`` int32 [B or 1, S]: token of every key, box by box. ``span`` int32 [B or 1, boxes, 2]: first key and number
-    of keys of every box. ``entries`` int32 [capacity]. ``place`` int32 [B * H, S, 2]: first partial and number of
-    partials of every query. ``tiles``, ``chunks``: see the fields above. ``totals`` int32 [4]: tiles, chunks, whether
-    entries found no room, and 0, a mark for those who attend. ``done`` int32 [2 * (2 * max_chunks + B * H)], zeros: two
-    sets of counters for a kernel that merges while it attends. ``keys`` is -1 where masked keys have left room behind a box.
+    of keys of every box. ``start`` int64 [B * H, boxes] and ``total`` int32 [B * H, boxes + 1]: first entry and number
+    of entries of every list, in the last column the sum. ``entries`` int32 [capacity]. ``place`` int32 [B * H, S, 2]:
+    first partial and number of partials of every query. ``tiles``, ``chunks``: see the fields above. ``totals`` int32
+    [4]: tiles, chunks, whether entries found no room, and 0, a mark for those who attend. ``done`` int32
+    [2 * (2 * max_chunks + B * H)], zeros: two sets of counters for a kernel that merges while it attends. ``keys`` is -1
+    where masked keys have left room behind a box.
     """
 
     keys: Tensor
     span: Tensor
+    start: Tensor
+    total: Tensor
     entries: Tensor
     place: Tensor
     tiles: Tensor
@@ -434,4 +438,6 @@ def build(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
         *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=SCATTER_WARPS,
     )  # fmt: skip
-    return Lists(keys, span, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots)
+    return Lists(
+        keys, span, start, total, entries, place, tiles, chunks, totals, done, first_chunk, max_chunks, chunk_pairs, slots
+    )  # fmt: skip

@@ -82,7 +82,9 @@ def merge_last(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def refuse(TOTALS, OUT, LSE, rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+def refuse(
+    TOTALS, OUT, LSE, rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, HAS_LSE: tl.constexpr
+):  # fmt: skip
     """Fill the result with NaN where the selection had more pairs than the lists could hold."""
     if tl.load(TOTALS + 2) != 0:
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -90,4 +92,5 @@ def refuse(TOTALS, OUT, LSE, rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, 
         nan = tl.full([BLOCK, D], float("nan"), tl.float32)
         store = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
         tl.store(OUT + row[:, None] * HEAD_DIM + d[None, :], nan.to(OUT.dtype.element_ty), mask=store)
-        tl.store(LSE + row, tl.full([BLOCK], float("nan"), tl.float32), mask=row < rows)
+        if HAS_LSE:
+            tl.store(LSE + row, tl.full([BLOCK], float("nan"), tl.float32), mask=row < rows)

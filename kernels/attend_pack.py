@@ -7,6 +7,9 @@ tokens, one more box, follow behind the last. Masked keys are left out: ``attend
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,17 +54,18 @@ class PackedKeys:
     """Room for the packed keys and values of up to ``together`` heads, and what :meth:`fill` needs to pack them.
 
     ``k``, ``v`` [B, Hkv, S, D] with last stride 1; ``listed`` and ``span`` as ``attend_lists.list_all_keys`` makes them;
-    ``dim`` is the padded head size. ``keys`` and ``values`` describe blocks [block, dim] of rows [together * rows, dim].
+    ``dim`` is the padded head size. ``keys`` and ``values`` are what ``describe`` makes of blocks [block, dim] of rows
+    [together * rows, dim].
     """
 
     def __init__(
         self, work: Work, k: Tensor, v: Tensor, listed: Tensor, span: Tensor, geometry: Geometry, *, block: int,
-        dim: int, together: int,
+        dim: int, together: int, describe: Callable[..., Any] = TensorDescriptor.from_tensor,
     ) -> None:  # fmt: skip
         self.stride, self.rows = packed_rows(geometry, block)
         self._work, self._inputs = work, (k, v, listed, span)
         self._buffers = tuple(work.empty(together * self.rows, dim, dtype=k.dtype) for _ in range(2))
-        self.keys, self.values = (TensorDescriptor.from_tensor(x, [block, dim]) for x in self._buffers)
+        self.keys, self.values = (describe(x, [block, dim]) for x in self._buffers)
 
     def fill(self, first: int, count: int) -> None:
         """Pack heads ``first`` to ``first + count`` of all samples' heads."""

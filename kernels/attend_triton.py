@@ -166,5 +166,6 @@ def attention(
             )  # fmt: skip
     rows = num_heads * tokens
     work.launch(
-        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows, BLOCK=64, HEAD_DIM=head_dim, D=dim, num_warps=4
-    )
+        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows,
+        BLOCK=64, HEAD_DIM=head_dim, D=dim, HAS_LSE=True, num_warps=4,
+    )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import partition, reference_attention, reference_select
 from .launches import Plans, Result, Work
-from .partition import Geometry
+from .partition import Geometry, per_token
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
 DEVICES = ("cpu", "cuda")
@@ -94,9 +94,51 @@ def attention(
     return _run(compute, options, q, k, v, selected, key_mask)
 
 
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor, geometry: Geometry, *,
+    scale: float, threshold: float, topk: int, implementation: str, tile: int, pool: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``dq``, ``dk`` and ``dv``; see the operator ``vmoba::attention_backward``."""
+    check_tile(tile, "auto")
+    check_selected(selected, q, geometry, tile)
+    share = 1.0 if tile else _share(geometry, threshold, topk)  # what tiles select has no such bound
+    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+    if name != "reference":
+        dout, q, k, v = _with_wide_rows(dout), _with_rows(q), _with_rows(k), _with_rows(v)
+        selected, key_mask = per_token(selected, geometry, tile).contiguous(), key_mask.contiguous()
+        out, lse, dlse = out.contiguous(), lse.contiguous(), dlse.contiguous()
+
+    def compute(work: Work) -> tuple[Tensor, Tensor, Tensor]:
+        if name == "reference":
+            # Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones.
+            with torch.autocast(q.device.type, enabled=False):
+                return reference_attention.attention_backward(
+                    dout, q, k, v, selected, key_mask, out, lse, dlse, geometry, scale, tile
+                )
+        from . import attend
+
+        here = name
+        if implementation == "auto":
+            here = "triton" if attend.why_not_hopper(q, k, v) else "hopper"
+        return attend.attention_backward(
+            work, dout, q, k, v, selected, key_mask, out, lse, dlse, geometry, scale,
+            implementation=here, share=share, by_head=not tile and pool in ("head_global", "query_head"),
+        )  # fmt: skip
+
+    options = ("attention_backward", implementation, geometry, scale, threshold, topk, tile, pool)
+    return _run(compute, options, dout, q, k, v, selected, key_mask, out, lse, dlse)
+
+
 def _with_rows(x: Tensor) -> Tensor:
     """The kernels read whole rows: their last stride is 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _with_wide_rows(x: Tensor) -> Tensor:
+    """As :func:`_with_rows`, for what the user cannot lay out: a gradient. Copied where it does not suit all kernels."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return x if x.stride(-1) == 1 and aligned and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _run(compute: Callable[[Work], Result], options: Hashable, *inputs: Tensor) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import implementations, reference_attention
+from . import implementations
 from .partition import Geometry, box_counts, box_order, queries_per_box, tiles_per_box
 
 _SIZES = "SymInt t, SymInt h, SymInt w, SymInt bt, SymInt bh, SymInt bw, SymInt prefix, SymInt suffix"
@@ -48,16 +48,14 @@ def _attention(
 
 
 def _attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, lse: Tensor, delta: Tensor,
-    *sizes: int, scale: float, tile: int = 0,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor, *sizes: int, scale: float, threshold: float = 1.0, topk: int = 0, implementation: str = "auto",
+    tile: int = 0, pool: str = "overall",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    implementations.check_tile(tile, "auto")
-    implementations.check_selected(selected, q, _geometry(*sizes), tile)
-    # Autocast reaches into an operator's body, where it would turn the float32 products into 16-bit ones.
-    with torch.autocast(q.device.type, enabled=False):
-        return reference_attention.attention_backward(
-            dout, q, k, v, selected, key_mask, lse, delta, _geometry(*sizes), scale, tile
-        )
+    return implementations.attention_backward(
+        dout, q, k, v, selected, key_mask, out, lse, dlse, _geometry(*sizes),
+        scale=scale, threshold=threshold, topk=topk, implementation=implementation, tile=tile, pool=pool,
+    )  # fmt: skip
 
 
 _SCHEMAS = {
@@ -66,17 +64,20 @@ _SCHEMAS = {
     # threshold, topk and pool are those of the selection; the defaults are for any. They bound the memory for its pairs.
     "attention": f"(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, {_SIZES}, *, float scale,"
     ' float threshold=1.0, int topk=0, str implementation="auto", int tile=0, str pool="overall") -> (Tensor, Tensor)',
-    "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor lse,"
-    f" Tensor delta, {_SIZES}, *, float scale, int tile=0) -> (Tensor, Tensor, Tensor)",
+    # dlse without elements where lse has no gradient.
+    "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor selected, Tensor key_mask, Tensor out,"
+    f" Tensor lse, Tensor dlse, {_SIZES}, *, float scale, float threshold=1.0, int topk=0,"
+    ' str implementation="auto",'
+    ' int tile=0, str pool="overall") -> (Tensor, Tensor, Tensor)',
 }
 
 
 _LIBRARY = torch.library.Library("vmoba", "DEF")
 
 
-def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
+def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One operator. ``torch.library.custom_op`` does the same, but dispatches more slowly."""
-    _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     for device in implementations.DEVICES:
         # Where Dynamo falls back to eager code it would otherwise trace into the body.
         _LIBRARY.impl(name, torch._disable_dynamo(body), device.upper())
@@ -102,19 +103,21 @@ def _attention_fake(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulator(q))
 
 
-def _attention_backward_fake(dout, q, k, v, selected, key_mask, lse, delta, *sizes, scale, tile=0):
+def _attention_backward_fake(
+    dout, q, k, v, selected, key_mask, out, lse, dlse,
+    *sizes, scale, threshold=1.0, topk=0, implementation="auto", tile=0, pool="overall",
+):  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _define("select", _select, _select_fake)
 _define("attention", _attention, _attention_fake)
-# The backward is the reference, which waits for the host: Inductor leaves it out of CUDA graphs.
-_define("attention_backward", _attention_backward, _attention_backward_fake, torch.Tag.cudagraph_unsafe)
+_define("attention_backward", _attention_backward, _attention_backward_fake)
 
 
 def _attention_setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, selected, key_mask, *ctx.sizes = inputs
-    ctx.scale, ctx.tile = keyword_only_inputs["scale"], keyword_only_inputs["tile"]
+    ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, selected, key_mask, *output)
 
@@ -124,14 +127,10 @@ def _attention_grad(ctx, dout: Tensor | None, dlse: Tensor | None):
     no_grads = (None,) * (2 + len(ctx.sizes))
     if dout is None and dlse is None:
         return None, None, None, *no_grads
-    if dout is None:
-        dout, delta = torch.zeros_like(out), torch.zeros_like(lse)
-    else:
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = lse.new_empty(0) if dlse is None else dlse
     grads = torch.ops.vmoba.attention_backward(
-        dout, q, k, v, selected, key_mask, lse, delta, *ctx.sizes, scale=ctx.scale, tile=ctx.tile
+        dout, q, k, v, selected, key_mask, out, lse, dlse, *ctx.sizes, **ctx.options
     )
     return *grads, *no_grads
 
@@ -183,7 +182,9 @@ def attention_flops(q, k, v, selected, key_mask, *sizes, out_val=None, **kwargs)
 
 
 @register_flop_formula(torch.ops.vmoba.attention_backward, get_raw=True)
-def attention_backward_flops(dout, q, k, v, selected, key_mask, lse, delta, *sizes, out_val=None, **kwargs) -> int:
+def attention_backward_flops(
+    dout, q, k, v, selected, key_mask, out, lse, dlse, *sizes, out_val=None, **kwargs
+) -> int:  # fmt: skip
     """Five products over the selected pairs."""
     tile = kwargs.get("tile", 0)
     return 10 * q.shape[3] * _selected_pairs(selected, _geometry(*sizes), q.shape[1], q.shape[0], tile)

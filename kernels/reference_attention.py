@@ -109,20 +109,24 @@ def attention_backward(
     v: torch.Tensor,
     selected: torch.Tensor,
     key_mask: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
+    dlse: torch.Tensor,
     geometry: Geometry,
     scale: float,
     tile: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`attention` for q, k and v, in their dtypes.
 
-    ``delta`` [B, H, S] is the row sum of ``dout * out`` (less the gradient of lse, where there is one).
+    ``dout`` and ``dlse`` are the gradients of its results ``out`` and ``lse``; ``dlse`` may have no elements.
     """
     batch, heads = q.shape[:2]
     group = heads // k.shape[1]
     dtype = _accumulator(q)
     selected = per_token(selected, geometry, tile)
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+    if dlse.numel():
+        delta = delta - dlse
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)

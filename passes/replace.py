@@ -18,6 +18,10 @@ ATTENTION = torch.ops.vmoba.attention.default
 Number = int | fx.Node
 
 
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class Builder:
     """Inserts nodes before ``at``, each with the example value that later passes and exporters expect."""
 
@@ -33,7 +37,8 @@ class Builder:
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {name: value for name, value in self.at.meta.items() if name not in ("example_value", "val")}
         real_args, real_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc,arg-type]
-        with self.fake_mode:
+        # Checkpointing around the model that is being compiled would count what example values save for a backward.
+        with self.fake_mode, torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
             node.meta[self.key] = target(*real_args, **real_kwargs)
         return node
 

@@ -48,6 +48,7 @@ def tight(monkeypatch):
 
     monkeypatch.setattr(attend, "MEMORY_FLOOR", 0)
     monkeypatch.setattr(attend, "MEMORY_SHARE", 0.01)
+    monkeypatch.setattr(attend, "GRADIENT_MEMORY_SHARE", 0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
-from .config import VMoBAConfig
+from .config import VMoBAConfig, as_config
 from .kernels.api import triple
 from .kernels.partition import Triple
 from .passes import CoverageError, Report, rewrite
@@ -80,7 +81,8 @@ class Rewriter:
         def run(*inputs: Any) -> Any:
             if self.latest is not found:
                 self._take(found)
-            if self.ran is not None:
+            # DDP runs each piece on fake tensors while it compiles the next one.
+            if self.ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
                 self.ran.append(found)
             return compiled(*inputs)
 
@@ -129,9 +131,9 @@ def vmoba(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="vmoba", options={...})``.
 
-    Options: every field of :class:`VMoBAConfig`, ``config`` (a whole one), ``grid``, ``inner``, ``inner_options``,
-    ``strict``, ``expect`` and ``report``, a :class:`Report` that is filled as graphs are compiled and that numbers
-    layers on over graph breaks. ``expect`` counts the sites of one graph, so it wants ``fullgraph=True``.
+    Options: every field of :class:`VMoBAConfig`, ``config`` (a whole one, or a mapping), ``grid``, ``inner``,
+    ``inner_options``, ``strict``, ``expect`` and ``report``, a :class:`Report` that is filled as graphs are compiled and
+    that numbers layers on over graph breaks. ``expect`` counts the sites of one graph, so it wants ``fullgraph=True``.
     """
     options = dict(options or {})
     given: dict[str, Any] = {name: options.pop(name, None) for name in _OWN_OPTIONS}
@@ -146,7 +148,7 @@ def vmoba(
     report = Report() if given["report"] is None else given["report"]
     before = {id(site) for site in report}
     rewriter = Rewriter(
-        config=given["config"] or VMoBAConfig(**options),
+        config=as_config(options if given["config"] is None else given["config"]),
         grid=check_grid(given["grid"]),
         inner=inner_compiler(given["inner"] or "inductor", mode, given["inner_options"]),
         strict=bool(given["strict"]),

@@ -118,6 +118,17 @@ class VMoBAConfig:
         return VMoBAConfig.from_dict, (self.to_dict(),)
 
 
+def as_config(config: VMoBAConfig | Mapping[str, Any] | None) -> VMoBAConfig:
+    """The configuration, a new one of a mapping's fields, or the default."""
+    if config is None:
+        return VMoBAConfig()
+    if isinstance(config, VMoBAConfig):
+        return config
+    if isinstance(config, Mapping):
+        return VMoBAConfig.from_dict(config)
+    raise TypeError(f"config must be a VMoBAConfig or a mapping of its fields, not {type(config).__name__}")
+
+
 def _checked_blocks(blocks: object) -> dict[str, Any]:
     if not isinstance(blocks, Mapping):
         raise TypeError(f"blocks must map '1d', '2d', '3d' to block sizes, not {type(blocks).__name__}")

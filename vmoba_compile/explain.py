@@ -13,9 +13,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .backend import Rewriter, check_grid
-from .config import VMoBAConfig
+from .config import VMoBAConfig, as_config
 from .kernels.partition import Triple
-from .optimize import _as_config, _input_error, compile_with
+from .optimize import _input_error, compile_with
 from .passes import Report, RewriteError
 
 
@@ -39,7 +39,7 @@ def explain(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    rewriter = Rewriter(_as_config(config), check_grid(grid), _WithoutRunning(fake_mode))
+    rewriter = Rewriter(as_config(config), check_grid(grid), _WithoutRunning(fake_mode))
 
     def fake(value: Any) -> Any:
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value

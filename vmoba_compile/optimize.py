@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler
-from .config import VMoBAConfig
+from .config import VMoBAConfig, as_config
 from .kernels.partition import Triple
 from .passes import CoverageError, InputError, Report, RewriteError
 from .schedule import Schedule
@@ -75,7 +75,7 @@ def optimize(
     if expect is not None and (isinstance(expect, bool) or not isinstance(expect, int) or expect < 0):
         raise ValueError(f"expect must be a number of attentions (int, at least 0) or None, not {expect!r}")
     settings = {
-        "config": _as_config(config),
+        "config": as_config(config),
         "grid": check_grid(grid),
         "inner": inner,
         "strict": strict,
@@ -83,16 +83,6 @@ def optimize(
         "compile_kwargs": compile_kwargs,
     }
     return OptimizedModel(model, settings)
-
-
-def _as_config(config: VMoBAConfig | Mapping[str, Any] | None) -> VMoBAConfig:
-    if config is None:
-        return VMoBAConfig()
-    if isinstance(config, VMoBAConfig):
-        return config
-    if isinstance(config, Mapping):
-        return VMoBAConfig.from_dict(config)
-    raise TypeError(f"config must be a VMoBAConfig or a mapping of its fields, not {type(config).__name__}")
 
 
 def compile_with(model: nn.Module, backend: Inner, compile_kwargs: Mapping[str, Any]) -> Any:

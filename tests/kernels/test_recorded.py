@@ -59,12 +59,16 @@ def plain(value):
     return ("pointer", value.data_ptr()) if isinstance(value, torch.Tensor) else value
 
 
-def inputs_of(case: Case, with_words: bool) -> tuple[torch.Tensor, ...]:
+def inputs_of(case: Case, with_words: bool, with_results: bool = False) -> tuple[torch.Tensor, ...]:
     tensors = case.tensors(torch.bfloat16)
     if not with_words:
         return (*tensors[:2], mask_or_empty(tensors))
     words = torch.zeros(case.batch, case.heads, case.num_video, GEOMETRY.num_words, dtype=torch.int32)
-    return (*tensors[:3], words, mask_or_empty(tensors))
+    results = ()
+    if with_results:
+        lse = torch.zeros(tensors[0].shape[:3])
+        results = torch.zeros_like(tensors[0]), torch.zeros(tensors[0].shape, dtype=torch.bfloat16), lse, lse.clone()
+    return (*tensors[:3], words, mask_or_empty(tensors), *results)
 
 
 @pytest.fixture
@@ -86,16 +90,36 @@ def attention(case: Case, implementation: str, work: Recording, *tensors):
     return attend.attention(work, *tensors, GEOMETRY, 0.125, implementation=implementation, share=0.25, by_head=True)
 
 
-def check(case: Case, compute, with_words: bool) -> int:
+def backward(case: Case, implementation: str, work: Recording, q, k, v, words, mask, *results):
+    """``results``: gradient of the output, output, log-sum-exps and their gradient."""
+    dout, *rest = results
+    return attend.attention_backward(
+        work,
+        dout,
+        q,
+        k,
+        v,
+        words,
+        mask,
+        *rest,
+        GEOMETRY,
+        0.125,
+        implementation=implementation,
+        share=0.25,
+        by_head=True,
+    )
+
+
+def check(case: Case, compute, with_words: bool, with_results: bool = False) -> int:
     """Record, replay on other memory, compare the launches one by one; their number."""
-    inputs, log = inputs_of(case, with_words), []
+    inputs, log = inputs_of(case, with_words, with_results), []
     recording = Recorder(inputs, log)
     result = compute(case, recording, *inputs)
     plan = recording.plan(result)
     assert plan is not None, recording.problem
     recorded = log.copy()
     log.clear()
-    others = inputs_of(case.but(seed=1), with_words)
+    others = inputs_of(case.but(seed=1), with_words, with_results)
     again = plan.replay([x.data_ptr() for x in others])
     assert [name for name, _, _ in log] == [name for name, _, _ in recorded]
     moved: dict[int, int] = {}  # addresses of the record to those of the replay
@@ -131,6 +155,13 @@ def test_attention(implementation, masked, hopper):
 
 
 @every_attention
+@pytest.mark.parametrize("masked", ["none", "tokens"])
+def test_backward(implementation, masked, hopper):
+    run = lambda case, *rest: backward(case, implementation, *rest)  # noqa: E731
+    check(CASE.but(masked=masked), run, with_words=True, with_results=True)
+
+
+@every_attention
 def test_samples_one_at_a_time(implementation, hopper, tight):
     """Each sample takes the scratch memory of the one before."""
     sizes = {}
@@ -158,16 +189,17 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("masked", ["none", "tokens"])
-@pytest.mark.parametrize("implementation", ["select", "triton", "hopper"])
-def test_torch_computes_nothing(implementation, masked, hopper):
+@pytest.mark.parametrize("what", ["select", "attention", "backward"])
+@every_attention
+def test_torch_computes_nothing(what, implementation, masked, hopper):
     """A replay would leave it out."""
-    for case in CASES.values() if implementation == "select" else [CASE]:
+    for case in CASES.values() if what == "select" else [CASE]:
         case = case.but(masked=masked)
-        inputs = inputs_of(case, implementation != "select")
+        inputs = inputs_of(case, what != "select", what == "backward")
         recording = Recorder(inputs, [])
         with Operations() as operations:
-            if implementation == "select":
+            if what == "select":
                 select(case, recording, *inputs)
             else:
-                attention(case, implementation, recording, *inputs)
+                {"attention": attention, "backward": backward}[what](case, implementation, recording, *inputs)
         assert operations.seen <= ALLOCATIONS_AND_VIEWS

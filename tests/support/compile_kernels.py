@@ -85,12 +85,22 @@ def attention(
     attend.attention(WORK, q, k, v, words, mask, geometry, head_dim**-0.5, **options)
 
 
+def backward(implementation: str, geometry: Geometry, dtype: torch.dtype, head_dim: int, **rest: Any) -> None:
+    q, k, v, mask = tensors(geometry, dtype, head_dim, **rest)
+    words = meta((*q.shape[:2], geometry.num_video, geometry.num_words), torch.int32)
+    results = meta(tuple(q.shape), dtype), meta(tuple(q.shape[:3]), torch.float32), meta((0,), torch.float32)
+    options: dict[str, Any] = {"implementation": implementation, "share": 0.25, "by_head": True}
+    attend.attention_backward(WORK, q.clone(), q, k, v, words, mask, *results, geometry, head_dim**-0.5, **options)
+
+
 def run_everything(capability: tuple[int, int]) -> None:
     """Call the host functions so that each kernel is launched, in the variants that differ most."""
     other = {"batch": 2, "kv_heads": 4, "masked": True}
     if capability == (9, 0):
         attention("hopper", PLAIN, BF16, 128)
         attention("hopper", PLAIN, FP16, 64)
+        backward("hopper", PLAIN, BF16, 128)
+        backward("hopper", WITH_TEXT, FP16, 64, **other)
     for dtype, head_dim in [(BF16, 128), (BF16, 64), (BF16, 256), (FP32, 64)]:
         attention("triton", PLAIN, dtype, head_dim)
     if capability == SMALLEST:
@@ -102,6 +112,9 @@ def run_everything(capability: tuple[int, int]) -> None:
     attention("triton", WITH_TEXT, FP16, 128, tile=64, **other)
     if capability == SMALLEST:
         attention("triton", PLAIN, FP32, 128, tile=128)
+    for dtype, head_dim in [(BF16, 128), (BF16, 64), (BF16, 256), (FP32, 64), (FP32, 128)]:
+        backward("triton", PLAIN, dtype, head_dim)
+    backward("triton", WITH_TEXT, BF16, 40, **other)
     select(HALF_AS_MANY if capability == SMALLEST else MANY_BOXES, BF16, 128, "query_head", "threshold")
     for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64)]:
         select(PLAIN, dtype, head_dim, "query_head", "threshold")

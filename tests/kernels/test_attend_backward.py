@@ -1,0 +1,172 @@
+"""The Triton kernels of the backward against autograd through the oracle: on a GPU, or in the Triton interpreter."""
+
+from __future__ import annotations
+
+import interpreter
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from kernel_cases import DEVICE, LAYOUTS, MASKS, TOLERANCE, Case, Tensors, cases, choose, mask_or_empty, relative
+from vmoba_compile.kernels import attend_backward, attend_lists, attend_triton, backward_triton, partition
+
+ON_GPU = torch.cuda.is_available()
+HAS_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The kernels for Hopper take 16 bits alone.
+WITH_DTYPE = [("triton", torch.float32)] + [("hopper", torch.bfloat16), ("hopper", torch.float16)] * HAS_HOPPER
+
+every_implementation = pytest.mark.parametrize(
+    ("implementation", "dtype"), WITH_DTYPE, ids=[f"{name}-{dtype}" for name, dtype in WITH_DTYPE]
+)
+interpreter.install()
+
+CASE = Case(grid=(3, 4, 5), block=(2, 2, 3), prefix=3, suffix=5, batch=1, heads=2, kv_heads=1, head_dim=40)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small tiles and groups, so that tiny problems have many of them."""
+    if not ON_GPU:
+        monkeypatch.setattr(attend_lists, "GROUP", 16)
+        monkeypatch.setattr(attend_lists, "TILE", 16)
+        monkeypatch.setattr(attend_backward, "TILE", 16)
+        monkeypatch.setattr(backward_triton, "TILE", 16)
+        monkeypatch.setattr(attend_triton, "TILE", 16)
+        monkeypatch.setattr(attend_backward, "QUERIES", 16)
+
+
+def gradients(
+    case: Case, tensors: Tensors, implementation: str, words: torch.Tensor | None = None, lse_too=False,
+    dout_dtype: torch.dtype | None = None, **options,
+):  # fmt: skip
+    """dq, dk, dv of the operator for a random gradient of ``out`` in the layout of projections, on the device."""
+    words = choose(case, tensors).words if words is None else words
+    q, k, v, words, mask = (x.to(DEVICE) for x in (*tensors[:3], words, mask_or_empty(tensors)))
+    rule = {"scale": case.op_scale, "tile": case.tile}
+    out, lse = torch.ops.vmoba.attention(q, k, v, words, mask, *case.sizes, implementation="reference", **rule)
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = case.batch, case.num_tokens, case.heads, case.head_dim
+    dout = torch.randn(shape, generator=generator).to(dout_dtype or q.dtype).to(device=DEVICE, dtype=q.dtype)
+    dout = dout.transpose(1, 2)
+    dlse = torch.randn(lse.shape, generator=generator).to(lse) if lse_too else lse.new_empty(0)
+    result = torch.ops.vmoba.attention_backward(
+        dout, q, k, v, words, mask, out, lse, dlse, *case.sizes, implementation=implementation, **rule, **options
+    )
+    return [x.cpu() for x in result]
+
+
+def check(case: Case, dtype: torch.dtype, implementation: str = "triton", lse_too=False, **options) -> None:
+    """Against the reference, which is held to autograd through the oracle, in float64 on the same numbers.
+
+    Where gradients cancel float32 itself is further off than the tolerance: then by a few times as much as the reference.
+    """
+    tensors = case.tensors(dtype)
+    words = choose(case, tensors).words
+    as_float64 = tensors._replace(**{name: getattr(tensors, name).double() for name in "qkv"})
+    exact = gradients(case, as_float64, "reference", words, lse_too, dtype)
+    reference = gradients(case, tensors, "reference", words, lse_too)
+    got = gradients(case, tensors, implementation, words, lse_too, **options)
+    norms = [torch.linalg.vector_norm(x).item() for x in exact]
+    for name, mine, theirs, wanted, norm in zip("qkv", got, reference, exact, norms, strict=True):
+        assert mine.dtype == dtype
+        assert mine.is_contiguous()
+        error, own = (torch.linalg.vector_norm(x.double() - wanted).item() for x in (mine, theirs))
+        assert error <= max(TOLERANCE[dtype] * max(norm, 0.1 * max(norms)), 4 * own), name
+
+
+@settings(max_examples=60 if ON_GPU else 6, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(case=cases())
+def test_equals_the_reference(case):
+    check(case, torch.float32)
+
+
+@settings(max_examples=120, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(case=cases())
+@pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of compute capability 9.0")
+def test_hopper_equals_the_reference(case):
+    check(case.but(head_dim=8 * -(-case.head_dim // 8)), torch.bfloat16, "hopper")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128])
+def test_head_sizes(head_dim, dtype):
+    check(CASE.but(head_dim=head_dim, grid=(3, 4, 4)), dtype)
+    if HAS_HOPPER and dtype != torch.float32:
+        check(CASE.but(head_dim=head_dim, grid=(9, 11, 13), block=(4, 5, 6)), dtype, "hopper")
+
+
+@pytest.mark.parametrize("head_dim", [3, 200, 256])
+def test_odd_and_large_head_sizes(head_dim):
+    check(CASE.but(head_dim=head_dim, grid=(2, 3, 4)), torch.float32)
+
+
+@every_implementation
+@pytest.mark.parametrize("masked", MASKS)
+def test_masks(masked, implementation, dtype):
+    check(CASE.but(masked=masked, batch=2), dtype, implementation)
+
+
+@every_implementation
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, implementation, dtype):
+    check(CASE.but(layout=layout, batch=2, heads=4, kv_heads=2), dtype, implementation)
+
+
+@every_implementation
+def test_gradient_of_the_log_sum_exp(implementation, dtype):
+    check(CASE.but(batch=2), dtype, implementation, lse_too=True)
+
+
+@every_implementation
+@pytest.mark.parametrize("pool", ["overall", "head_global"])
+def test_little_memory(pool, implementation, dtype, tight):
+    case = CASE.but(heads=6, kv_heads=3, batch=3)
+    check(case, dtype, implementation, pool=pool, threshold=case.threshold)
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_tiles_of_queries(tile, monkeypatch):
+    monkeypatch.setitem(partition.TILE_OF, "tile", tile)
+    check(CASE.but(tile=tile, grid=(4, 6, 8), block=(2, 6, 8)), torch.float32)
+
+
+@every_implementation
+def test_same_bits_every_time(implementation, dtype, tight):
+    tensors = CASE.tensors(dtype)
+    first, second = (gradients(CASE, tensors, implementation) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_implementation
+def test_more_pairs_than_the_rule_allows_is_nan(implementation, dtype):
+    case = Case(grid=(4, 6, 6), block=(1, 1, 2), heads=2, kv_heads=2, head_dim=64, threshold=1.0)
+    for x in gradients(case, case.tensors(dtype), implementation, threshold=0.01):
+        assert x.isnan().all()
+
+
+@every_implementation
+def test_nan_stays_with_its_query_and_its_boxes(implementation, dtype):
+    """Keys of boxes that a query has not selected do not get its NaN."""
+    case = CASE.but(prefix=0, suffix=0, heads=1, batch=1)
+    tensors = case.tensors(dtype)
+    selection = choose(case, tensors)
+    tensors.q[0, 0, 20] = torch.nan
+    dq, dk, _ = gradients(case, tensors, implementation, selection.words)
+    assert dq[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [20]
+    boxes = selection.mask()[0, 0, 20]
+    assert torch.equal(dk[0, 0].isnan().any(-1), boxes[partition.box_of(case.grid, case.block)])
+
+
+@every_implementation
+def test_autograd_keeps_the_implementation(implementation, dtype):
+    tensors = CASE.tensors(dtype)
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in tensors[:3])
+    words, mask = choose(CASE, tensors).words.to(DEVICE), mask_or_empty(tensors).to(DEVICE)
+    grads = {}
+    for name in ("reference", implementation):
+        out, lse = torch.ops.vmoba.attention(
+            q, k, v, words, mask, *CASE.sizes, scale=CASE.op_scale, implementation=name
+        )
+        grads[name] = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), (q, k, v))
+    for a, b in zip(*grads.values(), strict=True):
+        assert relative(a.cpu(), b.cpu()) < TOLERANCE[dtype]
