@@ -134,15 +134,16 @@ def _refuse_transforms(*tensors: Tensor) -> None:
     """Derivatives that the operator lacks would be an obscure error, or zero where nothing requires a gradient."""
     if torch.compiler.is_compiling():  # traced where neither exists
         return
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    kinds = {level.key() for level in levels}
-    if torch._C._functorch.TransformType.Grad in kinds:
+    functorch = torch._C._functorch
+    kinds = {level.level(): level.key() for level in functorch.get_interpreter_stack() or []}
+    asked = {kinds.get(functorch.maybe_get_level(x)) for x in tensors if functorch.is_gradtrackingtensor(x)}
+    if functorch.TransformType.Grad in asked:
         raise RuntimeError(
             "vmoba::attention cannot be differentiated by torch.func (grad, vjp, jacrev); use torch.autograd.grad or"
             " backward()"
         )
     dual = any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-    if dual or torch._C._functorch.TransformType.Jvp in kinds:
+    if dual or functorch.TransformType.Jvp in asked:
         raise NotImplementedError(
             "vmoba::attention has no derivative in forward mode (forward mode AD: torch.func.jvp, make_dual); use"
             " backward mode, or dense attention"

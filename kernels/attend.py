@@ -16,6 +16,7 @@ from .partition import Geometry
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
 GRADIENT_MEMORY_SHARE = 0.65  # the same for the backward, in which dense attention needs more as well
 MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
+MAX_GRID = 65535  # of programs along the second axis of a launch
 ROOM = 36 * 2**20  # bytes for partial results, or a quarter of all; if lists leave less, heads are done in groups
 
 
@@ -108,14 +109,15 @@ def list_groups(
     batch, heads, kv_heads = *q.shape[:2], k.shape[1]
     group = heads // kv_heads
     capacity = pair_capacity(geometry, heads, share)
-    together = max(1, min(batch, 2**31 // capacity, scratch // (8 * capacity)))
+    together = max(1, min(batch, (2**31 - 1) // capacity, scratch // (8 * capacity), MAX_GRID // heads))
     step = kv_heads
     if by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
         packed = 4 * geometry.num_tokens * q.shape[-1] * q.element_size()  # keys and values of two heads
         room = scratch - packed - min(ROOM, scratch // 4)
         for parts in range(1, kv_heads + 1):
             step = math.ceil(kv_heads / parts)
-            if table_bytes(geometry, 1, step * group, share) <= room:
+            fits = pair_capacity(geometry, step * group, share) < 2**31
+            if fits and table_bytes(geometry, 1, step * group, share) <= room:
                 break
     for i in range(0, batch, together):
         samples = slice(i, min(i + together, batch))

@@ -34,8 +34,8 @@ def multiply_rows(
     HAS_DLSE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums of ``dout * out`` over each row, less the gradient of its log-sum-exp."""
-    head = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, D)
     inside = (s < tokens)[:, None] & (d < HEAD_DIM)[None, :]
     dout_at = (head // heads) * o_batch + (head % heads) * o_head + s.to(tl.int64)[:, None] * o_token + d[None, :]
@@ -50,7 +50,7 @@ def multiply_rows(
 
 @triton.jit(do_not_specialize=["first_head", "last_head", "turn", "ring", "tokens"])
 def add_up(
-    PART, PLACE, CHUNKS, FIRST_CHUNK, DQ, scale, first_head, last_head, turn, ring, tokens,
+    PART, PLACE, CHUNKS, FIRST_CHUNK, DQ, first_head, last_head, turn, ring, tokens,
     QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Partial gradients of the queries of chunk ``turn * ring + program_id(1)`` of a group of heads, if it exists."""
@@ -71,7 +71,7 @@ def add_up(
             )
             dq += part.to(tl.float32)
         store = inside[:, None] & (d < HEAD_DIM)[None, :]
-        tl.store(DQ + to[:, None] * HEAD_DIM + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=store)
+        tl.store(DQ + to[:, None] * HEAD_DIM + d[None, :], dq.to(DQ.dtype.element_ty), mask=store)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def deltas(work: Work, dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = out.shape
     delta = work.empty(batch, heads, tokens, dtype=torch.float32)
     work.launch(
-        multiply_rows, (triton.cdiv(tokens, 64), batch * heads), dout, out, dlse, delta, *dout.stride()[:3], heads, tokens,
+        multiply_rows, (batch * heads, triton.cdiv(tokens, 64)), dout, out, dlse, delta, *dout.stride()[:3], heads, tokens,
         HAS_DLSE=dlse.numel() > 0, ROWS=64, HEAD_DIM=head_dim, D=power_of_two(head_dim), num_warps=4,
     )  # fmt: skip
     return delta
@@ -113,8 +113,9 @@ def gradients(
     packed_head = packed_rows(geometry, block)[1] * row_bytes
     together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))
     head_capacity = min(head_capacity, tokens * boxes)
-    slack = attend_lists.GROUP * boxes
+    slack = attend_lists.GROUP * boxes + attend_lists.ROUNDING
     left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
+    left = min(left, (2**31 - 1) // dim)  # rows: the kernels for Hopper count elements in 32 bits
     chunk_pairs = max(min(head_capacity, left - slack), slack)
     ring = max(1, min(together * group, left // (chunk_pairs + slack)))
     lists = attend_lists.build(
@@ -144,7 +145,7 @@ def gradients(
             kernels.launch_queries(work, inputs, Turn(*bounds, number, ring, tiles, packed, part))
             work.launch(
                 add_up, (triton.cdiv(tokens, QUERIES), ring), part, lists.place, lists.chunks, lists.first_chunk, dq,
-                scale, *bounds, number, ring, tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
+                *bounds, number, ring, tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
             )  # fmt: skip
     rows = batch * heads * tokens
     work.launch(

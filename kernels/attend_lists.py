@@ -29,6 +29,7 @@ from .triton_tools import box_shape, box_start, token_in_box
 
 TILE = 128  # queries per tile
 GROUP = 128  # queries that always share a chunk; at most 256, see scatter_entries
+ROUNDING = 16  # rows of the buffer of partials; they are read so many at a time
 SCATTER_WARPS = 2  # of a group: the fewer, the more queries share what is read for each box
 RANK_BITS = 12  # a list entry is (query << RANK_BITS) | rank of the box among the query's boxes
 TILE_FIELDS = 8  # head, first and last entry, first key and number of keys, chunk, box, sample
@@ -433,7 +434,7 @@ def build(
         TILE=TILE, GROUP=GROUP, BLOCK=256, num_warps=1,
     )  # fmt: skip
     entries = new(capacity)
-    slots = triton.cdiv(chunk_pairs + GROUP * boxes, 16) * 16  # rows are read sixteen at a time
+    slots = triton.cdiv(chunk_pairs + GROUP * boxes, ROUNDING) * ROUNDING
     work.launch(
         scatter_entries, (groups, num_heads), words, span, count, start, first_chunk, place, totals, entries,
         *counts, chunk_pairs, ring, slots, GROUP=GROUP, num_warps=SCATTER_WARPS,

@@ -157,9 +157,8 @@ def gradients_of_queries(
             if size > whole * BLOCK:
                 left = size - whole * BLOCK
                 dq = query_step(q, dout, lse, delta, dq, keys, values, row + whole * BLOCK, left, scale, BLOCK, True)
-            tl.store(
-                PART + slot[:, None].to(tl.int64) * D + d[None, :], dq.to(PART.dtype.element_ty), mask=inside[:, None]
-            )
+            part = (dq * scale).to(PART.dtype.element_ty)
+            tl.store(PART + slot[:, None].to(tl.int64) * D + d[None, :], part, mask=inside[:, None])
 
 
 def padded(head_dim: int) -> int:

@@ -184,7 +184,7 @@ def sum_gradients(
                 dq_ = warpgroup_mma(dscores, keys.index(before), dq, use_acc=blocks > 1, is_async=True)
                 dq, dscores = warpgroup_mma_wait(0, deps=[dq_, dscores])
             q = queries.index(n % 2 * 2 + INDEX)
-            q.store(dq.to(dtype))
+            q.store((dq * (scale / _LOG2E)).to(dtype))
             thread_barrier()
             result = q.load(COPY)
             place = places.index(n % 2 * 2 + INDEX)

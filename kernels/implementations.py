@@ -103,8 +103,11 @@ def attention_backward(
     check_tile(tile, "auto")
     check_selected(selected, q, geometry, tile)
     share = 1.0 if tile else _share(geometry, threshold, topk)  # what tiles select has no such bound
-    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share))
+    by_head = share >= 1 or pool in ("head_global", "query_head")  # where all may be selected the bound is each head's
+    together = q.shape[1] // k.shape[1] if by_head else q.shape[1]
+    name = _resolve(implementation, lambda: _no_attention(q, geometry, scale, share, heads=together))
     if name != "reference":
+        dout = dout.to(q.dtype)
         dout, q, k, v = _with_wide_rows(dout), _with_rows(q), _with_rows(k), _with_rows(v)
         selected, key_mask = per_token(selected, geometry, tile).contiguous(), key_mask.contiguous()
         out, lse, dlse = out.contiguous(), lse.contiguous(), dlse.contiguous()
@@ -123,7 +126,7 @@ def attention_backward(
             here = "triton" if attend.why_not_hopper(q, k, v) else "hopper"
         return attend.attention_backward(
             work, dout, q, k, v, selected, key_mask, out, lse, dlse, geometry, scale,
-            implementation=here, share=share, by_head=not tile and pool in ("head_global", "query_head"),
+            implementation=here, share=share, by_head=by_head,
         )  # fmt: skip
 
     options = ("attention_backward", implementation, geometry, scale, threshold, topk, tile, pool)
@@ -138,7 +141,8 @@ def _with_rows(x: Tensor) -> Tensor:
 def _with_wide_rows(x: Tensor) -> Tensor:
     """As :func:`_with_rows`, for what the user cannot lay out: a gradient. Copied where it does not suit all kernels."""
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    return x if x.stride(-1) == 1 and aligned and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
+    suits = x.stride(-1) == 1 and aligned and x.shape[2] * x.stride(2) < 2**31
+    return x if suits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _run(compute: Callable[[Work], Result], options: Hashable, *inputs: Tensor) -> Any:
@@ -233,7 +237,10 @@ def _no_selection(q: Tensor, geometry: Geometry, pool: str) -> str:
     return reason
 
 
-def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float, tile: int = 0) -> str:
+def _no_attention(
+    q: Tensor, geometry: Geometry, scale: float, share: float, tile: int = 0, heads: int | None = None
+) -> str:
+    """Why the Triton kernels cannot attend; at least ``heads`` are done at a time, all of a sample's if None."""
     reason = _no_triton(q)
     if reason:
         return reason
@@ -248,11 +255,9 @@ def _no_attention(q: Tensor, geometry: Geometry, scale: float, share: float, til
             f"it takes fewer than {attend_lists.MAX_TOKENS} tokens and {attend_lists.MAX_BOXES} boxes, not "
             f"{geometry.num_tokens} and {geometry.num_boxes} (larger blocks have fewer)"
         )
-    pairs = 0 if tile else attend.pair_capacity(geometry, q.shape[1], share)
+    pairs = 0 if tile else attend.pair_capacity(geometry, heads or q.shape[1], share)
     if pairs >= 2**31:
-        return (
-            f"it takes fewer than 2**31 pairs of a query and a box in a sample, not {pairs} (larger blocks have fewer)"
-        )
+        return f"it takes fewer than 2**31 pairs of a query and a box at a time, not {pairs} (larger blocks have fewer)"
     if q.dtype == torch.float32 and q.shape[-1] > 128 and not _has_large_shared(q):
         return f"on this GPU it takes float32 head sizes up to 128, not {q.shape[-1]}: its shared memory is small"
     return ""

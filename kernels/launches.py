@@ -240,7 +240,7 @@ class Recording(Work):
 class Plans:
     """The plans of a process, by everything that the launches depend on; the least recently used one goes first."""
 
-    def __init__(self, limit: int = 64) -> None:
+    def __init__(self, limit: int = 256) -> None:
         self.limit = limit
         self.plans: OrderedDict[Hashable, Plan | None] = OrderedDict()  # None: not to be replayed
         self._lock = Lock()

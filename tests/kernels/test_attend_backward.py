@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import interpreter
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from kernel_cases import DEVICE, LAYOUTS, MASKS, TOLERANCE, Case, Tensors, cases, choose, mask_or_empty, relative
-from vmoba_compile.kernels import attend_backward, attend_lists, attend_triton, backward_triton, partition
+from vmoba_compile.kernels import (
+    attend,
+    attend_backward,
+    attend_lists,
+    attend_triton,
+    backward_triton,
+    launches,
+    partition,
+)
+from vmoba_compile.kernels.api import attention
 
 ON_GPU = torch.cuda.is_available()
 HAS_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -37,7 +48,7 @@ def small(monkeypatch):
 
 def gradients(
     case: Case, tensors: Tensors, implementation: str, words: torch.Tensor | None = None, lse_too=False,
-    dout_dtype: torch.dtype | None = None, **options,
+    dout_dtype: torch.dtype | None = None, loss_scale: float = 1.0, shift: int = 0, **options,
 ):  # fmt: skip
     """dq, dk, dv of the operator for a random gradient of ``out`` in the layout of projections, on the device."""
     words = choose(case, tensors).words if words is None else words
@@ -46,8 +57,11 @@ def gradients(
     out, lse = torch.ops.vmoba.attention(q, k, v, words, mask, *case.sizes, implementation="reference", **rule)
     generator = torch.Generator().manual_seed(case.seed)
     shape = case.batch, case.num_tokens, case.heads, case.head_dim
-    dout = torch.randn(shape, generator=generator).to(dout_dtype or q.dtype).to(device=DEVICE, dtype=q.dtype)
-    dout = dout.transpose(1, 2)
+    dout = loss_scale * torch.randn(shape, generator=generator).to(dout_dtype or q.dtype)
+    dout = dout.to(device=DEVICE, dtype=q.dtype).transpose(1, 2)
+    if shift:
+        memory = torch.empty(shift + dout.numel(), dtype=q.dtype, device=DEVICE)
+        dout = memory[shift:].view(dout.shape).copy_(dout)
     dlse = torch.randn(lse.shape, generator=generator).to(lse) if lse_too else lse.new_empty(0)
     result = torch.ops.vmoba.attention_backward(
         dout, q, k, v, words, mask, out, lse, dlse, *case.sizes, implementation=implementation, **rule, **options
@@ -158,6 +172,53 @@ def test_nan_stays_with_its_query_and_its_boxes(implementation, dtype):
 
 
 @every_implementation
+def test_large_gradients_in_float16(implementation, dtype):
+    """A scaled loss: what is left of a query's partial gradients must not overflow where the gradient itself does not."""
+    dtype = torch.float16
+    case = Case(grid=(2, 4, 4), block=(2, 2, 4), heads=1, kv_heads=1, head_dim=128)
+    got, exact = (
+        gradients(case, case.tensors(dtype), name, loss_scale=6000.0) for name in (implementation, "reference")
+    )
+    for mine, theirs in zip(got, exact, strict=True):
+        assert theirs.isfinite().all()
+        assert relative(mine, theirs) < TOLERANCE[dtype]
+
+
+@every_implementation
+def test_misaligned_gradient_of_the_output(implementation, dtype):
+    """Contiguous, but not at a multiple of 16 bytes, as the gradient of a concatenation's part."""
+    tensors = CASE.tensors(dtype)
+    aligned, shifted = (gradients(CASE, tensors, implementation, shift=shift) for shift in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(aligned, shifted, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 16])
+@pytest.mark.parametrize("by_head", [True, False], ids=["by_head", "of_all"])
+def test_partial_gradients_are_counted_in_32_bits(by_head, batch, monkeypatch):
+    """No buffer of partial gradients has 2**31 elements, however much memory the tensors allow."""
+    largest = 0
+
+    class Launches(launches.Work):
+        def launch(self, kernel, grid, *args, **options):
+            nonlocal largest
+            if kernel is attend_backward.add_up:
+                largest = max(largest, args[0].numel())
+
+    heads, geometry = 40, partition.Geometry((33, 45, 80), (11, 15, 20))
+    q = torch.empty(batch, heads, geometry.num_tokens, 128, dtype=torch.bfloat16, device="meta")
+    words = torch.empty(batch, heads, geometry.num_tokens, geometry.num_words, dtype=torch.int32, device="meta")
+    lse, nothing = torch.empty(q.shape[:3], device="meta"), torch.empty(0, device="meta")
+    monkeypatch.setattr(attend, "why_not_hopper", lambda q, k, v: "")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    attend.attention_backward(
+        Launches(torch.device("meta")), q, q, q, q, words, nothing.bool(), q, lse, nothing, geometry, 0.1,
+        implementation="hopper", share=0.25, by_head=by_head,
+    )  # fmt: skip
+    assert 0 < largest < 2**31
+
+
+@every_implementation
 def test_autograd_keeps_the_implementation(implementation, dtype):
     tensors = CASE.tensors(dtype)
     q, k, v = (x.to(DEVICE).requires_grad_() for x in tensors[:3])
@@ -170,3 +231,40 @@ def test_autograd_keeps_the_implementation(implementation, dtype):
         grads[name] = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), (q, k, v))
     for a, b in zip(*grads.values(), strict=True):
         assert relative(a.cpu(), b.cpu()) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@every_implementation
+def test_many_tiles(implementation, dtype, head_dim):
+    """Programs that go through many tiles and many blocks of keys: what is in shared memory is used again and again."""
+    case = Case(grid=(12, 24, 40), block=(6, 12, 10), suffix=77, heads=2, kv_heads=2, head_dim=head_dim)
+    check(case, dtype, implementation)
+
+
+@pytest.mark.gpu
+@every_implementation
+def test_cuda_graph(implementation, dtype):
+    """Forward and backward in one graph, replayed on other numbers."""
+    case = Case(grid=(9, 13, 17), block=(3, 5, 6), prefix=19, suffix=45, heads=4, kv_heads=2, head_dim=64)
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in case.tensors(dtype)[:3])
+    others = [x.to(DEVICE) for x in case.but(seed=1).tensors(dtype)[:3]]
+
+    def step():
+        out = attention(q, k, v, case.grid, block=case.block, implementation=implementation, **case.layout_arguments)
+        return torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        for x, y in zip((q, k, v), others, strict=True):
+            x.copy_(y)
+    graph.replay()
+    for got, wanted in zip(results, step(), strict=True):
+        assert torch.equal(got, wanted)

@@ -62,6 +62,20 @@ def test_each_equals_the_oracle(dtype, head_dim):
 
 
 @every_case
+def test_equal_numerical_differences(case):
+    """``torch.autograd.gradcheck``, with the selection held as it is."""
+    tensors = case.leaves()
+    attend = operator(case, tensors)
+    alive = attend(*tensors[:3])[1].isfinite()
+
+    def results(q, k, v):
+        out, lse = attend(q, k, v)
+        return out, lse[alive]
+
+    assert torch.autograd.gradcheck(results, tensors[:3])
+
+
+@every_case
 def test_through_lse(case):
     tensors = case.leaves()
     truth = case.truth(tensors)

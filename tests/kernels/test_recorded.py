@@ -162,6 +162,35 @@ def test_backward(implementation, masked, hopper):
 
 
 @every_attention
+@pytest.mark.parametrize("masked", ["none", "tokens"])
+@pytest.mark.parametrize(("batch", "groups"), [(1, 3), (3, 9)])
+def test_backward_in_groups(implementation, masked, batch, groups, hopper, tight):
+    """Slices of inputs and outputs keep their offsets in a replay. Scratch memory of one group serves the next again."""
+    case = CASE.but(masked=masked, batch=batch, heads=6, kv_heads=3)
+    inputs, log = inputs_of(case, True, True), []
+    recording = Recorder(inputs, log)
+    results = backward(case, implementation, recording, *inputs)
+    plan = recording.plan(results)
+    assert plan is not None, recording.problem
+    recorded = log.copy()
+    log.clear()
+    others = inputs_of(case.but(seed=1), True, True)
+    new = plan.replay([x.data_ptr() for x in others])
+    assert sum(name == "scan_groups" for name, _, _ in recorded) == groups
+    sliced = 0
+    for (name, grid, before), (new_name, new_grid, after) in zip(recorded, log, strict=True):
+        assert (name, grid) == (new_name, new_grid)
+        for x, y in zip(before, after, strict=True):
+            if isinstance(x, tuple) and x[0] == "pointer":
+                for old, other in zip((*inputs, *results), (*others, *new), strict=True):
+                    offset = x[1] - old.data_ptr()
+                    if 0 <= offset < old.untyped_storage().nbytes() and old.numel():
+                        assert y - other.data_ptr() == offset, name
+                        sliced += offset > 0
+    assert sliced
+
+
+@every_attention
 def test_samples_one_at_a_time(implementation, hopper, tight):
     """Each sample takes the scratch memory of the one before."""
     sizes = {}
