@@ -93,8 +93,8 @@ def deltas(work: Work, dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = out.shape
     delta = work.empty(batch, heads, tokens, dtype=torch.float32)
     work.launch(
-        multiply_rows, (batch * heads, triton.cdiv(tokens, 64)), dout, out, dlse, delta, *dout.stride()[:3], heads, tokens,
-        HAS_DLSE=dlse.numel() > 0, ROWS=64, HEAD_DIM=head_dim, D=power_of_two(head_dim), num_warps=4,
+        multiply_rows, (batch * heads, triton.cdiv(tokens, 32)), dout, out, dlse, delta, *dout.stride()[:3], heads, tokens,
+        HAS_DLSE=dlse.numel() > 0, ROWS=32, HEAD_DIM=head_dim, D=power_of_two(head_dim), num_warps=4,
     )  # fmt: skip
     return delta
 

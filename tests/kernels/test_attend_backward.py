@@ -88,7 +88,7 @@ def check(case: Case, dtype: torch.dtype, implementation: str = "triton", lse_to
         assert error <= max(TOLERANCE[dtype] * max(norm, 0.1 * max(norms)), 4 * own), name
 
 
-@settings(max_examples=60 if ON_GPU else 6, phases=[Phase.explicit, Phase.generate], deadline=None)
+@settings(max_examples=60 if ON_GPU else 4, phases=[Phase.explicit, Phase.generate], deadline=None)
 @given(case=cases())
 def test_equals_the_reference(case):
     check(case, torch.float32)
@@ -101,15 +101,19 @@ def test_hopper_equals_the_reference(case):
     check(case.but(head_dim=8 * -(-case.head_dim // 8)), torch.bfloat16, "hopper")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128])
+SIZES = [(8, torch.float32), (40, torch.bfloat16), (64, torch.float16), (72, torch.float32), (128, torch.bfloat16)]
+if ON_GPU:  # the interpreter is slow
+    SIZES = [(head_dim, dtype) for head_dim in (8, 40, 64, 72, 128) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), SIZES, ids=[f"{head_dim}-{dtype}" for head_dim, dtype in SIZES])
 def test_head_sizes(head_dim, dtype):
     check(CASE.but(head_dim=head_dim, grid=(3, 4, 4)), dtype)
     if HAS_HOPPER and dtype != torch.float32:
         check(CASE.but(head_dim=head_dim, grid=(9, 11, 13), block=(4, 5, 6)), dtype, "hopper")
 
 
-@pytest.mark.parametrize("head_dim", [3, 200, 256])
+@pytest.mark.parametrize("head_dim", [3, 200, 256] if ON_GPU else [3, 200])
 def test_odd_and_large_head_sizes(head_dim):
     check(CASE.but(head_dim=head_dim, grid=(2, 3, 4)), torch.float32)
 

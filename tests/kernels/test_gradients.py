@@ -72,7 +72,7 @@ def test_equal_numerical_differences(case):
         out, lse = attend(q, k, v)
         return out, lse[alive]
 
-    assert torch.autograd.gradcheck(results, tensors[:3])
+    assert torch.autograd.gradcheck(results, tensors[:3], fast_mode=True)
 
 
 @every_case
