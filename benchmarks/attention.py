@@ -289,7 +289,7 @@ def run_scaling(setup: Setup) -> dict:
 
 
 def describe(setup: Setup, dense_name: str) -> dict:
-    """The device and the software, and empty lists for what will be measured."""
+    """The device and the software."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -304,7 +304,6 @@ def describe(setup: Setup, dense_name: str) -> dict:
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "dense": dense_name,
         "dtype": str(setup.dtype).removeprefix("torch."), "threshold": THRESHOLD, "quick": setup.quick,
         "implementation_asked": setup.implementation, "implementation": used,
-        "checks": [], "rows": [], "portable": [], "flex_attention": [],
     }  # fmt: skip
 
 
@@ -317,9 +316,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
-def main() -> None:
-    args, console = arguments(), Console(width=None if sys.stdout.isatty() else 150)
+def prepare(name: str, args: argparse.Namespace, console: Console) -> tuple[Setup, dict, Path]:
+    """What every benchmark begins with: the setup, the facts about it, and the file that results go to."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # tensors this small take longer on many
@@ -329,7 +327,14 @@ def main() -> None:
     facts = describe(setup, dense_name)
     console.print(facts["title"], highlight=False)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / ("attention-" + re.sub(r"\W+", "_", facts["device"].lower()) + ".json")
+    return setup, facts, args.out / (f"{name}-" + re.sub(r"\W+", "_", facts["device"].lower()) + ".json")
+
+
+@torch.no_grad()
+def main() -> None:
+    args, console = arguments(), Console(width=None if sys.stdout.isatty() else 150)
+    setup, facts, path = prepare("attention", args, console)
+    facts |= {"checks": [], "rows": [], "portable": [], "flex_attention": []}
 
     def save() -> None:  # after every step: a run cut short leaves what it had
         path.write_text(json.dumps(facts, indent=1) + "\n")
@@ -340,7 +345,7 @@ def main() -> None:
         failed = setup.guarded(case.label, lambda case=case: run_case(case, setup, facts))
         if failed:
             facts["rows"].append(case.facts() | {"scheme": "all"} | failed)
-        release(device)
+        release(setup.device)
         save()
     if args.scaling:
         facts["scaling"] = run_scaling(setup)

@@ -26,12 +26,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it off
 
 import torch
-from attention import RESULTS, Setup, describe
+from attention import RESULTS, Setup, prepare
 from attention_measure import (
     THRESHOLD,
     Case,
     captured,
-    dense_attention,
     host_ms,
     interleaved,
     make_inputs,
@@ -257,17 +256,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, console = arguments(), Console(width=None if sys.stdout.isatty() else 150)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)  # tensors this small take longer on many
-    dense, dense_name = dense_attention(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    setup = Setup(device, dtype, args.implementation, dense, args.quick, console)
-    facts = describe(setup, dense_name)
-    facts = {name: facts[name] for name in facts if not isinstance(facts[name], list)}
-    console.print(facts["title"], highlight=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / ("training-" + re.sub(r"\W+", "_", facts["device"].lower()) + ".json")
+    setup, facts, path = prepare("training", args, console)
     before = json.loads(path.read_text()) if path.exists() and args.only_model else {}
     facts |= {name: before.get(name, []) for name in ("checks", "rows", "models")}
 
@@ -280,16 +269,16 @@ def main() -> None:
         for case in timed_cases(setup.on_gpu, args.quick):
             found = setup.guarded(case.label, lambda case=case: {"rows": run_case(case, setup)})
             facts["rows"] += found.get("rows", [case.facts() | found])
-            release(device)
+            release(setup.device)
             save()
-    if args.model or args.only_model or device == "cpu":
+    if args.model or args.only_model or not setup.on_gpu:
         layers = args.layers or (30 if setup.on_gpu else 3)
         for grid in args.grids or model_grids(setup.on_gpu, args.quick):
             row = setup.guarded(f"model at {shape(grid)}", lambda grid=grid: measure_model(grid, layers, setup))
             others = [other for other in facts["models"] if tuple(other["grid"]) != grid]
             facts["models"] = [*others, {"grid": grid} | row]
             torch.compiler.reset()
-            release(device)
+            release(setup.device)
             save()
         console.print(model_table(facts["models"]))
     setup.guarded("plot", lambda: plot(facts, path.with_suffix(".png")))

@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attend_lists
-from .attend_lists import CHUNK_FIELDS, TILE
-from .attend_merge import refuse
-from .attend_pack import PackedKeys, packed_rows
-from .backward_inputs import Inputs, Turn
+from .attend_lists import CHUNK_FIELDS
+from .attend_merge import refuse_results
+from .attend_pack import PackedKeys
+from .backward_inputs import Inputs
 from .launches import Work
 from .partition import Geometry
 from .triton_tools import power_of_two
+from .turns import plan, turns
 
 QUERIES = 4  # queries per program that adds up
 
@@ -105,50 +106,34 @@ def gradients(
     *, kernels: ModuleType, capacity: int, head_capacity: int, scratch: int,
 ) -> None:  # fmt: skip
     """Fill ``dq``, ``dk``, ``dv`` of one group of samples by ``kernels``; about ``scratch`` bytes of buffers."""
-    batch, heads, tokens, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group, boxes = heads // kv_heads, geometry.num_key_boxes
+    batch, _, tokens, head_dim = q.shape
     dim, block = kernels.padded(head_dim), kernels.keys_per_block(q)
+    head_capacity = min(head_capacity, tokens * geometry.num_key_boxes)
     row_bytes = dim * q.element_size()
-    packed_head = packed_rows(geometry, block)[1] * row_bytes
-    together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))
-    head_capacity = min(head_capacity, tokens * boxes)
-    slack = attend_lists.GROUP * boxes + attend_lists.ROUNDING
-    left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
-    left = min(left, (2**31 - 1) // dim)  # rows: the kernels for Hopper count elements in 32 bits
-    chunk_pairs = max(min(head_capacity, left - slack), slack)
-    ring = max(1, min(together * group, left // (chunk_pairs + slack)))
+    room = plan(
+        q, k, geometry, block=block, dim=dim, row_bytes=row_bytes, head_capacity=head_capacity, scratch=scratch
+    )  # fmt: skip
     lists = attend_lists.build(
         work, words, key_mask, geometry,
-        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=room.chunk_pairs, ring=room.ring,
     )  # fmt: skip
     inputs = Inputs(q, k, v, dout, lse, delta, lists, geometry, scale, int(key_mask.numel() > 0))
     if inputs.masked:
         work.launch(
-            clear_masked, (triton.cdiv(tokens, 64), kv_heads, batch), key_mask.view(torch.uint8), dk, dv, tokens,
+            clear_masked, (triton.cdiv(tokens, 64), k.shape[1], batch), key_mask.view(torch.uint8), dk, dv, tokens,
             BLOCK=64, HEAD_DIM=head_dim, D=power_of_two(head_dim), num_warps=4,
         )  # fmt: skip
     kernels.launch_keys(work, inputs, dk, dv)
     packed = PackedKeys(
-        work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=together, describe=kernels.describe
-    )
-    part = work.empty(ring * lists.slots, dim, dtype=q.dtype)
-    for first in range(0, batch * kv_heads, together):
-        count = min(together, batch * kv_heads - first)
-        packed.fill(first, count)
-        bounds = first * group, (first + count) * group
-        in_group = min(count * group * head_capacity, capacity)
-        chunks = min(count * group * triton.cdiv(head_capacity, lists.chunk_pairs),
-                     count * group + in_group // lists.chunk_pairs)  # fmt: skip
-        tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
-        for number in range(triton.cdiv(chunks, ring)):
-            kernels.launch_queries(work, inputs, Turn(*bounds, number, ring, tiles, packed, part))
-            work.launch(
-                add_up, (triton.cdiv(tokens, QUERIES), ring), part, lists.place, lists.chunks, lists.first_chunk, dq,
-                *bounds, number, ring, tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
-            )  # fmt: skip
-    rows = batch * heads * tokens
-    work.launch(
-        refuse, (triton.cdiv(rows, 64),), lists.totals, dq, lse, rows,
-        BLOCK=64, HEAD_DIM=head_dim, D=dim, HAS_LSE=False, num_warps=4,
+        work, k, v, lists.keys, lists.span, geometry,
+        block=block, dim=dim, together=room.together, describe=kernels.describe,
     )  # fmt: skip
+    part = work.empty(room.ring * lists.slots, dim, dtype=q.dtype)
+    for turn in turns(q, k, geometry, room, lists, packed, capacity=capacity, head_capacity=head_capacity):
+        kernels.launch_queries(work, inputs, turn, packed, part)
+        work.launch(
+            add_up, (triton.cdiv(tokens, QUERIES), turn.ring), part, lists.place, lists.chunks, lists.first_chunk, dq,
+            turn.first, turn.last, turn.number, turn.ring, tokens,
+            QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
+        )  # fmt: skip
+    refuse_results(work, lists.totals, dq, None)

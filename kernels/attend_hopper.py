@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import attend_lists
-from .attend_merge import QUERIES, merge_last, refuse
+from .attend_merge import QUERIES, merge_last, refuse_results
 from .hopper_attend import INFOS, PART_QUERIES, PARTS, attend
 from .hopper_serve import DEPTH, ROWS, WARPS, feed, serve, tell
 from .launches import Work
@@ -198,8 +198,4 @@ def attention(
         merge_last, (triton.cdiv(tokens, QUERIES),), part, part_lse, lists.place, lists.chunks, lists.totals, out, lse,
         tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
     )  # fmt: skip
-    rows = batch * heads * tokens
-    work.launch(
-        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows,
-        BLOCK=64, HEAD_DIM=head_dim, D=dim, HAS_LSE=True, num_warps=4,
-    )  # fmt: skip
+    refuse_results(work, lists.totals, out, lse)

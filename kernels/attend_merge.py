@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attend_lists import CHUNK_FIELDS
-from .triton_tools import LN2
+from .launches import Work
+from .triton_tools import LN2, power_of_two
 
 _CHUNK_FIELDS = tl.constexpr(CHUNK_FIELDS)
 
@@ -94,3 +96,13 @@ def refuse(
         tl.store(OUT + row[:, None] * HEAD_DIM + d[None, :], nan.to(OUT.dtype.element_ty), mask=store)
         if HAS_LSE:
             tl.store(LSE + row, tl.full([BLOCK], float("nan"), tl.float32), mask=row < rows)
+
+
+def refuse_results(work: Work, totals: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """NaN instead of ``out`` and ``lse`` [B, H, S, (D)] where the lists of ``totals`` were too small."""
+    head_dim = out.shape[-1]
+    rows = out.numel() // head_dim
+    work.launch(
+        refuse, (triton.cdiv(rows, 64),), totals, out, out if lse is None else lse, rows,
+        BLOCK=64, HEAD_DIM=head_dim, D=power_of_two(head_dim), HAS_LSE=lse is not None, num_warps=4,
+    )  # fmt: skip

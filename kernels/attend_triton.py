@@ -19,11 +19,12 @@ from torch import Tensor
 
 from . import attend_lists
 from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
-from .attend_merge import QUERIES, merge_chunks, refuse
-from .attend_pack import PackedKeys, packed_rows
+from .attend_merge import QUERIES, merge_chunks, refuse_results
+from .attend_pack import PackedKeys
 from .launches import Work
 from .partition import Geometry
 from .triton_tools import LOG2E, power_of_two
+from .turns import plan, turns
 
 _RANK_BITS = tl.constexpr(RANK_BITS)
 _RANK_MASK = tl.constexpr(2**RANK_BITS - 1)
@@ -41,6 +42,11 @@ REGISTER_OPERANDS = {
     (2, 64): (32, 4, 3), (2, 128): (32, 8, 2), (2, 256): (16, 8, 2),
     (4, 64): (16, 8, 2), (4, 128): (16, 8, 2), (4, 256): (16, 8, 1),
 }  # fmt: skip
+
+
+def padded(head_dim: int) -> int:
+    """The head size of the portable kernels."""
+    return max(16, power_of_two(head_dim))
 
 
 def reads_shared_operands(device: torch.device) -> bool:
@@ -122,50 +128,32 @@ def attention(
 
     About ``scratch`` bytes of buffers.
     """
-    batch, heads, tokens, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group, num_heads = heads // kv_heads, batch * heads
-    dim = max(16, power_of_two(head_dim))
+    _, heads, tokens, head_dim = q.shape
+    group = heads // k.shape[1]
+    dim = padded(head_dim)
     block, warps, stages = tile_shape(q)
-    boxes = geometry.num_key_boxes
-    packed_head = packed_rows(geometry, block)[1] * dim * q.element_size()
-    together = max(1, min(batch * kv_heads, scratch // 3 // (2 * packed_head)))  # kv heads packed at a time
-
+    head_capacity = min(head_capacity, tokens * geometry.num_key_boxes)
     row_bytes = dim * q.element_size() + 4
-    head_capacity = min(head_capacity, tokens * boxes)
-    slack = attend_lists.GROUP * boxes
-    left = max(scratch - 2 * together * packed_head, scratch // 3) // row_bytes
-    chunk_pairs = max(min(head_capacity, left - slack), slack)
-    ring = max(1, min(together * group, left // (chunk_pairs + slack)))
+    room = plan(
+        q, k, geometry, block=block, dim=dim, row_bytes=row_bytes, head_capacity=head_capacity, scratch=scratch
+    )  # fmt: skip
     lists = attend_lists.build(
         work, words, key_mask, geometry,
-        capacity=capacity, head_capacity=head_capacity, chunk_pairs=chunk_pairs, ring=ring,
+        capacity=capacity, head_capacity=head_capacity, chunk_pairs=room.chunk_pairs, ring=room.ring,
     )  # fmt: skip
     new = partial(work.empty, dtype=q.dtype)
-    packed = PackedKeys(work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=together)
-    part, part_lse = new(ring * lists.slots, dim), new(ring * lists.slots, dtype=torch.float32)
-    for first in range(0, batch * kv_heads, together):
-        count = min(together, batch * kv_heads - first)
-        packed.fill(first, count)
-        bounds = first * group, (first + count) * group
-        in_group = min(count * group * head_capacity, capacity)
-        chunks = min(count * group * triton.cdiv(head_capacity, lists.chunk_pairs),
-                     count * group + in_group // lists.chunk_pairs)  # fmt: skip
-        tiles = min(ring * lists.slots, in_group) // TILE + ring * boxes
-        for turn in range(triton.cdiv(chunks, ring)):
-            work.launch(
-                attend_tiles, (tiles,), q, packed.keys, packed.values, lists.entries, lists.place, lists.tiles,
-                lists.chunks, lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, turn, ring,
-                heads, group, tokens, packed.rows, packed.stride, TILE=TILE, BLOCK=block, HEAD_DIM=head_dim, D=dim,
-                STAGES=stages, num_warps=warps,
-            )  # fmt: skip
-            work.launch(
-                merge_chunks, (triton.cdiv(tokens, QUERIES), ring), part, part_lse, lists.place, lists.chunks,
-                lists.first_chunk, out, lse, *bounds, turn, ring, tokens,
-                QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
-            )  # fmt: skip
-    rows = num_heads * tokens
-    work.launch(
-        refuse, (triton.cdiv(rows, 64),), lists.totals, out, lse, rows,
-        BLOCK=64, HEAD_DIM=head_dim, D=dim, HAS_LSE=True, num_warps=4,
-    )  # fmt: skip
+    packed = PackedKeys(work, k, v, lists.keys, lists.span, geometry, block=block, dim=dim, together=room.together)
+    part, part_lse = new(room.ring * lists.slots, dim), new(room.ring * lists.slots, dtype=torch.float32)
+    for turn in turns(q, k, geometry, room, lists, packed, capacity=capacity, head_capacity=head_capacity):
+        bounds = turn.first, turn.last, turn.number, turn.ring
+        work.launch(
+            attend_tiles, (turn.tiles,), q, packed.keys, packed.values, lists.entries, lists.place, lists.tiles,
+            lists.chunks, lists.first_chunk, part, part_lse, *q.stride()[:3], scale * LOG2E, *bounds, heads, group,
+            tokens, packed.rows, packed.stride, TILE=TILE, BLOCK=block, HEAD_DIM=head_dim, D=dim, STAGES=stages,
+            num_warps=warps,
+        )  # fmt: skip
+        work.launch(
+            merge_chunks, (triton.cdiv(tokens, QUERIES), turn.ring), part, part_lse, lists.place, lists.chunks,
+            lists.first_chunk, out, lse, *bounds, tokens, QUERIES=QUERIES, HEAD_DIM=head_dim, D=dim, num_warps=1,
+        )  # fmt: skip
+    refuse_results(work, lists.totals, out, lse)

@@ -9,11 +9,13 @@ import triton
 from torch import Tensor
 
 from .attend_hopper import describe, padded
-from .backward_inputs import Inputs, Turn
+from .attend_pack import PackedKeys
+from .backward_inputs import Inputs
 from .hopper_keys import PART_KEYS, PARTS, hopper_gradients_of_keys
 from .hopper_queries import BLOCK, hopper_gradients_of_queries
 from .launches import Work
 from .triton_tools import LOG2E
+from .turns import Turn
 
 __all__ = ["describe", "keys_per_block", "launch_keys", "launch_queries", "padded"]
 
@@ -54,17 +56,17 @@ def launch_keys(work: Work, inputs: Inputs, dk: Tensor, dv: Tensor) -> None:
     )  # fmt: skip
 
 
-def launch_queries(work: Work, inputs: Inputs, turn: Turn) -> None:
+def launch_queries(work: Work, inputs: Inputs, turn: Turn, packed: PackedKeys, part: Tensor) -> None:
     """Partial gradients of the queries of one turn."""
     q, _, _, dout, lse, delta, lists, _, scale, _ = inputs
-    dim = turn.part.shape[1]
+    dim = part.shape[1]
     strides = [stride // 8 for x in (q, dout) for stride in x.stride()[:3]]
     sums, feeds = QUERY_REGISTERS
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     work.launch(
-        hopper_gradients_of_queries, (programs,), q, dout, lse, delta, turn.packed.keys, turn.packed.values,
-        lists.entries, lists.place, lists.tiles, lists.chunks, lists.first_chunk, turn.part, *strides, q.shape[-1] // 8,
+        hopper_gradients_of_queries, (programs,), q, dout, lse, delta, packed.keys, packed.values,
+        lists.entries, lists.place, lists.tiles, lists.chunks, lists.first_chunk, part, *strides, q.shape[-1] // 8,
         scale * LOG2E, turn.first, turn.last, turn.number, turn.ring, q.shape[1], inputs.group, q.shape[2],
-        turn.packed.rows, turn.packed.stride, D=dim, STAGES=SHAPES[dim].query_stages, SUM_REGISTERS=sums,
+        packed.rows, packed.stride, D=dim, STAGES=SHAPES[dim].query_stages, SUM_REGISTERS=sums,
         FEED_REGISTERS=feeds, num_warps=4,
     )  # fmt: skip

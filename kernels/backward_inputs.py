@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .attend_lists import Lists
-from .attend_pack import PackedKeys
 from .partition import Geometry
 
 
@@ -29,15 +28,3 @@ class Inputs(NamedTuple):
     def group(self) -> int:
         """Heads of queries that share keys and values."""
         return self.q.shape[1] // self.k.shape[1]
-
-
-class Turn(NamedTuple):
-    """What is done at a time: chunks ``number * ring`` to ``number * ring + ring`` of heads ``first`` to ``last``."""
-
-    first: int
-    last: int
-    number: int
-    ring: int
-    tiles: int  # at most
-    packed: PackedKeys
-    part: Tensor  # [ring * slots, padded head size]: room for partial gradients of queries

@@ -16,10 +16,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
-from .attend_triton import reads_shared_operands
-from .backward_inputs import Inputs, Turn
+from .attend_pack import PackedKeys
+from .attend_triton import padded, reads_shared_operands
+from .backward_inputs import Inputs
 from .launches import Work
 from .triton_tools import LOG2E, power_of_two
+from .turns import Turn
 
 _RANK_BITS = tl.constexpr(RANK_BITS)
 _RANK_MASK = tl.constexpr(2**RANK_BITS - 1)
@@ -161,11 +163,6 @@ def gradients_of_queries(
             tl.store(PART + slot[:, None].to(tl.int64) * D + d[None, :], part, mask=inside[:, None])
 
 
-def padded(head_dim: int) -> int:
-    """The head size of the kernels."""
-    return max(16, power_of_two(head_dim))
-
-
 def describe(x: Tensor, shape: list[int]) -> TensorDescriptor:
     """Blocks of ``x`` as :func:`gradients_of_queries` reads them."""
     return TensorDescriptor.from_tensor(x, shape)
@@ -199,15 +196,14 @@ def launch_keys(work: Work, inputs: Inputs, dk: Tensor, dv: Tensor) -> None:
     )  # fmt: skip
 
 
-def launch_queries(work: Work, inputs: Inputs, turn: Turn) -> None:
+def launch_queries(work: Work, inputs: Inputs, turn: Turn, packed: PackedKeys, part: Tensor) -> None:
     """Partial gradients of the queries of one turn."""
     q, _, _, dout, lse, delta, lists, _, scale, _ = inputs
     _, (rows, block, warps, stages) = shapes(q)
     rows = min(rows, TILE)
-    packed = turn.packed
     work.launch(
         gradients_of_queries, (turn.tiles, TILE // rows), q, dout, lse, delta, packed.keys, packed.values, lists.entries,
-        lists.place, lists.tiles, lists.chunks, lists.first_chunk, turn.part, *q.stride()[:3], *dout.stride()[:3], scale,
+        lists.place, lists.tiles, lists.chunks, lists.first_chunk, part, *q.stride()[:3], *dout.stride()[:3], scale,
         turn.first, turn.last, turn.number, turn.ring, q.shape[1], inputs.group, q.shape[2], packed.rows, packed.stride,
-        ROWS=rows, BLOCK=block, HEAD_DIM=q.shape[-1], D=turn.part.shape[1], STAGES=stages, num_warps=warps,
+        ROWS=rows, BLOCK=block, HEAD_DIM=q.shape[-1], D=part.shape[1], STAGES=stages, num_warps=warps,
     )  # fmt: skip

@@ -40,7 +40,6 @@ def small(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(attend_lists, "GROUP", 16)
         monkeypatch.setattr(attend_lists, "TILE", 16)
-        monkeypatch.setattr(attend_backward, "TILE", 16)
         monkeypatch.setattr(backward_triton, "TILE", 16)
         monkeypatch.setattr(attend_triton, "TILE", 16)
         monkeypatch.setattr(attend_backward, "QUERIES", 16)

@@ -19,6 +19,7 @@ from vmoba_compile.kernels import implementations, reference_attention
 import vmoba_compile
 from vmoba_compile import VMoBAConfig
 
+EXACT = 1e-5  # float32 against the oracle, which computes in float64
 GRID = (4, 4, 4)
 # Per layer of the twin; the configuration says the same. Ragged boxes, and several to choose from.
 BLOCKS = ((1, 99, 99), (99, 2, 3), (2, 3, 2))

@@ -9,21 +9,11 @@ import pytest
 import torch
 import training
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from training import Recorder, assert_same, clip, gradients, optimize, step, with_oracle
+from training import EXACT, Recorder, assert_same, clip, gradients, optimize, step, with_oracle
 
 import vmoba_compile
 
-EXACT = 1e-5  # float32 against the oracle, which computes in float64
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    return training.count_runs(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 OPERATORS = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)

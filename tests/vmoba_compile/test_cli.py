@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from vmoba_compile import Report, VMoBAConfig
 from vmoba_compile.__main__ import main
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_explain_a_named_model(capsys, tmp_path):

@@ -11,21 +11,11 @@ import torch
 import training
 from torch import nn
 from torch.autograd import forward_ad
-from training import Recorder, assert_same, clip, gradients, optimize, parameters, step, train, with_oracle
+from training import EXACT, Recorder, assert_same, clip, gradients, optimize, parameters, step, train, with_oracle
 
 import vmoba_compile
 
-EXACT = 1e-5  # float32 against the oracle, which computes in float64
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    return training.count_runs(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class TestSteps:
