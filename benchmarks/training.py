@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -48,6 +49,7 @@ from training_report import check_table, model_table, operator_table, plot
 import vmoba_compile
 from vmoba_compile import VMoBAConfig
 from vmoba_compile.__main__ import parse_grid
+from vmoba_compile.backend import inner_compiler
 from vmoba_compile.blocks import SCHEMES
 from vmoba_compile.zoo import preset
 
@@ -215,6 +217,43 @@ def make_step(model: nn.Module, run: nn.Module, inputs: dict, target: Tensor) ->
     return step
 
 
+def told(grid: tuple[int, int, int], side: str, facts: dict) -> str:
+    """A line while the benchmark runs: compiling a whole model takes minutes."""
+    return f"{'x'.join(map(str, grid))} {side}: first step {facts['first_s']:.0f} s, then {facts['ms']:.0f} ms a step"
+
+
+def check_losses(sides: dict[str, dict]) -> None:
+    """Times of steps that lost their way are worth nothing: both sides must learn, and from the same start."""
+    for name, side in sides.items():
+        losses = side["losses"]
+        if not all(map(math.isfinite, losses)) or losses[-1] > losses[0]:
+            raise RuntimeError(f"the {name} model does not learn: its losses are {losses}")
+    first = [side["losses"][0] for side in sides.values()]
+    if abs(first[0] - first[1]) > 0.05 * first[0]:
+        raise RuntimeError(f"dense and sparse losses differ by more than 5 %: {first}")
+
+
+@torch.no_grad()
+def mean_density(model: nn.Module, config: VMoBAConfig, inputs: dict) -> float:
+    """Share of (query, box) entries that the model's attentions select, mean over layers, heads and samples."""
+    found: list[float] = []
+
+    class Counting(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> object:
+            result = super().run_node(node)
+            if node.target is torch.ops.vmoba.select.default:
+                t, h, w, bt, bh, bw = node.args[3:9]
+                bits = sum(int(((result >> i) & 1).sum()) for i in range(32))
+                boxes = math.prod(-(-extent // step) for extent, step in ((t, bt), (h, bh), (w, bw)))
+                found.append(bits / (result[..., 0].numel() * boxes))
+            return result
+
+    model.eval()
+    vmoba_compile.optimize(model, config, inner=lambda graph, _: Counting(graph).run)(**inputs)
+    model.train()
+    return sum(found) / len(found)
+
+
 def measure_model(grid: tuple[int, int, int], layers: int, setup: Setup) -> dict:
     """Training steps of one model, dense and rewritten, one after the other with the same weights and inputs."""
     torch.manual_seed(0)
@@ -226,18 +265,23 @@ def measure_model(grid: tuple[int, int, int], layers: int, setup: Setup) -> dict
     inner = "inductor" if setup.on_gpu else "aot_eager"
     count, sides = (3 if setup.on_gpu else 1), {}
     with cudnn_attention(setup.on_gpu):
-        dense = torch.compile(model, dynamic=False, backend=inner)
+        compiler = inner_compiler(inner)  # the same for both sides
+        dense = torch.compile(model, dynamic=False, backend=compiler)
         sides["dense"] = timed_steps(make_step(model, dense, inputs, target), setup, count)
+    setup.console.print(told(grid, "dense", sides["dense"]))
     del dense
     torch.compiler.reset()
     release(setup.device)
     model.load_state_dict(start)
     config = VMoBAConfig() if setup.on_gpu else VMoBAConfig(min_tokens=0)
-    sparse = vmoba_compile.optimize(model, config, inner=inner, expect=layers)
+    sparse = vmoba_compile.optimize(model, config, inner=compiler, expect=layers)
     sides["sparse"] = timed_steps(make_step(model, sparse, inputs, target), setup, count)
+    setup.console.print(told(grid, "sparse", sides["sparse"]))
+    check_losses(sides)
+    density = mean_density(model, config, inputs)
     memory = setup.on_gpu and sides["sparse"]["peak_bytes"] / sides["dense"]["peak_bytes"]
     return {
-        "model": name, "grid": grid, "layers": layers, "inner": inner, **sides,
+        "model": name, "grid": grid, "layers": layers, "inner": inner, "density": density, **sides,
         "ratio": sides["dense"]["ms"] / sides["sparse"]["ms"], "memory_ratio": memory or None,
     }  # fmt: skip
 

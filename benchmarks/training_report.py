@@ -42,15 +42,15 @@ def operator_table(case: Case, rows: list[dict]) -> Table:
 
 def model_table(rows: list[dict]) -> Table:
     found = empty_table(
-        "training step of a whole model", "model", "grid", "layers", "dense ms", "sparse ms", "ratio", "peak GiB, dense",
-        "peak GiB, sparse",
+        "training step of a whole model", "model", "grid", "layers", "density", "dense ms", "sparse ms", "ratio",
+        "peak GiB, dense", "peak GiB, sparse",
     )  # fmt: skip
     for row in rows:
         if "error" not in row:
             peaks = [row[side]["peak_bytes"] for side in ("dense", "sparse")]
             found.add_row(
-                row["model"], shape(row["grid"]), str(row["layers"]), f"{row['dense']['ms']:.0f}",
-                f"{row['sparse']['ms']:.0f}", f"{row['ratio']:.2f}x",
+                row["model"], shape(row["grid"]), str(row["layers"]), f"{row['density']:.3f}",
+                f"{row['dense']['ms']:.0f}", f"{row['sparse']['ms']:.0f}", f"{row['ratio']:.2f}x",
                 *("-" if peak is None else f"{peak / 2**30:.1f}" for peak in peaks),
             )  # fmt: skip
     return found

@@ -7,7 +7,7 @@ are needed. A clip's index gives its glyphs, its noise and its time, so that all
     python examples/train_video_dit.py --attention vmoba --steps 100 --out runs/vmoba
     python examples/train_video_dit.py --compare runs/dense runs/vmoba --out runs/compared  # plot, table and JSON
 
-On a GPU: --grid 24x32x48 --width 768 --layers 8 --heads 6 --steps 1800 --batch 1
+On a GPU: --grid 24x32x48 --width 768 --layers 8 --heads 6 --batch 1 --steps 1000 --cooldown 300
 """
 
 from __future__ import annotations
@@ -51,10 +51,14 @@ Triple = tuple[int, int, int]
 
 # Kernels of dense attention, the fastest on a Hopper first: the comparison is to be with the best there is.
 DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# As vmoba_compile has it: gradients of adaptive norms at batch 1 may be lost otherwise (pytorch/pytorch#193061).
+SOUND = {"triton.mix_order_reduction": False}
 HELD_OUT = 1 << 40  # clip indices from here on are never trained on
 MOBA_CHUNKS, MOBA_DENSITY = 8, 0.22
 # What a run shares with the one that it resumes.
-SETTINGS = ("attention", "threshold", "grid", "width", "layers", "heads", "batch", "lr", "warmup", "seed", "held_out")
+SETTINGS = (
+    "attention", "threshold", "grid", "width", "layers", "heads", "batch", "lr", "warmup", "cooldown", "seed", "held_out",
+)  # fmt: skip
 
 
 def box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
@@ -195,7 +199,7 @@ def attention_config(attention: str, grid: Triple, threshold: float) -> VMoBACon
 def wrap(model: VideoTransformer, config: VMoBAConfig | None, device: torch.device) -> nn.Module:
     on_gpu = device.type == "cuda"
     if config is None:
-        return torch.compile(model) if on_gpu else model
+        return torch.compile(model, options=SOUND) if on_gpu else model
     inner = "inductor" if on_gpu else "aot_eager"
     return vmoba_compile.optimize(model, config, inner=inner, expect=len(model.blocks))
 
@@ -242,7 +246,7 @@ def held_out_loss(model: nn.Module, args: argparse.Namespace) -> float:
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace) -> float:
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup)
+        group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup, (args.steps - step) / max(1, args.cooldown))
     loss = flow_loss(model, *examples(range(step * args.batch, (step + 1) * args.batch), args))
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -443,6 +447,7 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=math.inf, help="train no longer than this; results are still written")
     add("--lr", type=float, help="learning rate after the warm-up (8e-3 / sqrt(width))")
     add("--warmup", type=int, default=30, help="steps of linear warm-up")
+    add("--cooldown", type=int, default=0, help="last steps, over which the learning rate falls to zero")
     add("--seed", type=int, default=0, help="of the initial weights")
     add("--validate", type=int, default=50, help="steps between held-out losses")
     add("--held-out", type=int, default=16, help="held-out clips, rounded up to whole batches")

@@ -14,7 +14,7 @@ from .launches import Work
 from .partition import Geometry
 
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
-GRADIENT_MEMORY_SHARE = 0.65  # the same for the backward, in which dense attention needs more as well
+GRADIENT_MEMORY_SHARE = 0.5  # the same for the backward, in which dense attention needs more as well
 MEMORY_FLOOR = 32 * 2**20  # bytes; on short sequences more would be gained by few chunks than lost
 MAX_GRID = 65535  # of programs along the second axis of a launch
 ROOM = 36 * 2**20  # bytes for partial results, or a quarter of all; if lists leave less, heads are done in groups

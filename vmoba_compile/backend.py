@@ -21,7 +21,8 @@ Inner = Callable[..., Callable[..., Any]]
 def inner_compiler(inner: str | Inner, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Inner:
     """The compiler that takes the rewritten graph: a backend's name ("inductor", "eager", …) or a callable.
 
-    ``mode`` and ``options`` are Inductor's, as in ``torch.compile``.
+    ``mode`` and ``options`` are Inductor's, as in ``torch.compile``. Its mix-order reductions are off unless ``options``
+    name them, where they are known to lose gradients.
     """
     if callable(inner):
         if mode or options:
@@ -29,7 +30,7 @@ def inner_compiler(inner: str | Inner, mode: str | None = None, options: Mapping
         return inner
     if inner == "inductor":
         patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
-        return _Inductor(patches | dict(options or {}))
+        return _Inductor(_sound() | patches | dict(options or {}))
     if mode or options:
         raise ValueError(f"mode and options are for inner='inductor', not {inner!r}")
     if not isinstance(inner, str) or inner == "vmoba" or inner not in torch._dynamo.list_backends(exclude_tags=()):
@@ -38,9 +39,23 @@ def inner_compiler(inner: str | Inner, mode: str | None = None, options: Mapping
     return torch._dynamo.lookup_backend(inner)
 
 
+def _sound() -> dict[str, Any]:
+    """Without mix-order reductions: they leave gradients of modulation tables, such as Wan's, unwritten memory.
+
+    https://github.com/pytorch/pytorch/issues/193061, in torch 2.10 to 2.13.
+    """
+    name = "triton.mix_order_reduction"
+    broken = (2, 10) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13)
+    return {name: False} if broken and name in torch._inductor.config.get_config_copy() else {}
+
+
 @dataclass
 class _Inductor:
     patches: dict[str, Any]
+
+    @property
+    def __name__(self) -> str:
+        return "inductor"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx

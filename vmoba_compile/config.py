@@ -13,7 +13,7 @@ from .kernels.api import check_selection
 
 # Tokens from which sparse attention is used with min_tokens="auto": measured on two CPU cores by benchmarks/crossover.py,
 # on an H200 (forward) by benchmarks/attention.py.
-AUTO_MIN_TOKENS = {"cpu": 7480, "cuda": 10578}
+AUTO_MIN_TOKENS = {"cpu": 7480, "cuda": 10601}
 AUTO_MIN_TOKENS_OTHER = 8192
 
 BlockSpec = Mapping[str, Any]
