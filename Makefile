@@ -10,7 +10,7 @@ demo:            ## rewrite, run and check a real video transformer
 
 test:            ## the whole test suite, on two cores
 	$(SETUP) dev
-	.venv/bin/python -P -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	.venv/bin/python -P -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-gpu:        ## what needs an NVIDIA GPU: its own tests, and the kernels' tests on it instead of in the interpreter
 	$(SETUP) dev

@@ -16,6 +16,8 @@ from .tokens import (
     Axes,
     Axis,
     Origin,
+    Raster,
+    Segment,
     axis_size,
     claims,
     describe,
@@ -67,11 +69,16 @@ def decide(call: AttentionCall, scope: Scope, tracking: Tracking, grid: tuple[in
 
 def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int, int] | None) -> Decision:
     tokens = query[2]
-    rasters = [(index, raster) for index, segment in enumerate(tokens) if (raster := raster_of(segment))]
-    if len(rasters) > 1:
-        return Decision(Reason.SEVERAL_GRIDS, f"the sequence holds {len(rasters)} video grids: {describe(tokens)}")
+    rasters = [
+        (index, raster)
+        for index, segment in enumerate(tokens)
+        if (raster := raster_of(segment)) and segment[0].origin is not Origin.TABLE
+    ]
     if rasters:
-        index, raster = rasters[0]
+        main = _main_grid(rasters)
+        if main is None:
+            return Decision(Reason.SEVERAL_GRIDS, f"the sequence holds {len(rasters)} video grids: {describe(tokens)}")
+        index, raster = main
         evidence = _evidence(tracking, raster.source)
         if grid is not None:
             if not axis_size(tokens).static:
@@ -83,7 +90,7 @@ def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int
         return Decision(Reason.REWRITTEN, layout=layout)
     if claims(tokens) and claims(key[2]):
         return _not_a_raster(tokens)
-    if not claims(tokens) and (claims(query[0]) or claims(query[1])):
+    if not claims(tokens) and (claims(query[0]) or claims(query[1]) or _folded_beside(tokens, query[0])):
         return Decision(
             Reason.FACTORISED, "frames, rows or columns are folded into the batch: each sequence is a part of the video"
         )
@@ -96,6 +103,22 @@ def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int
         if place is not None:
             return Decision(Reason.REWRITTEN, layout=_layout(tokens, place, _sizes(grid), "grid= given"))
     return _no_grid(tokens, tracking, grid)
+
+
+def _folded_beside(tokens: Axis, batch: Axis) -> bool:
+    """True where several axes of the tensor that the tokens come from are folded into the batch."""
+
+    def tensors(axis: Axis) -> list[str]:
+        return [f.source.partition("[")[0] for f in factors(axis) if f.role is None and f.origin is Origin.INPUT]
+
+    return any(tensors(batch).count(name) > 1 for name in tensors(tokens))
+
+
+def _main_grid(rasters: list[tuple[int, Raster]]) -> tuple[int, Raster] | None:
+    """The largest grid, where the others together are no larger: history or reference frames are conditions then."""
+    sizes = [multiply(list(raster.sizes)).hint for _, raster in rasters]
+    largest = max(sizes)
+    return rasters[sizes.index(largest)] if sum(sizes) <= 2 * largest and sizes.count(largest) == 1 else None
 
 
 def _not_a_raster(tokens: Axis) -> Decision:
@@ -176,10 +199,24 @@ def _aligned(tokens: Axis, video: Axis) -> bool:
     return (
         len(tokens) == len(video)
         and all(
-            x == y or (not claims((x,)) and not claims((y,)) and same(segment_size(x), segment_size(y)))
+            x == y
+            or _same_tokens(x, y)
+            or (not claims((x,)) and not claims((y,)) and same(segment_size(x), segment_size(y)))
             for x, y in zip(tokens, video, strict=True)
         )
         and any(raster_of(segment) for segment in video)
+    )
+
+
+def _same_tokens(x: Segment, video: Segment) -> bool:
+    """True where a table of positions has told the video's grid, and these are the tokens that it was joined to."""
+    raster = raster_of(video)
+    known = x[0] if len(x) == 1 and x[0].role is None and x[0].part is None else None
+    return (
+        raster is not None
+        and known is not None
+        and known.source == raster.source
+        and same(known.size, segment_size(video))
     )
 
 

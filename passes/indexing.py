@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from types import EllipsisType
 
+import sympy
 import torch
 from torch import fx
 
@@ -107,9 +108,14 @@ def slice_axis(axis: Axis, item: builtins.slice, length: Size, source: str) -> A
     start = number(item.start)
     if item.step not in (None, 1) or start is None:
         return mixed((axis,), length, source)
-    if start.hint < 0:
+    if is_negative(start):
         start = add([axis_size(axis), start])
     return cut(axis, start, length, source)
+
+
+def is_negative(start: Size) -> bool:
+    """True for a start that is counted from the end; of a size that depends on data only its sign is known."""
+    return start.hint < 0 or (isinstance(start.expr, sympy.Expr) and start.expr.could_extract_minus_sign())
 
 
 def number(value: object) -> Size | None:

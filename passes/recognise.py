@@ -6,34 +6,18 @@ import re
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
+from .calls import LIBRARY, SDPA
+from .handwritten import ON_THE_WAY, SOFTMAX
 from .names import is_elementwise, name_of
-from .sizes import shape_of
+from .products import PRODUCTS
+from .sizes import shape_of, value_of
 
-SDPA = "scaled_dot_product_attention"
-OPAQUE = ("multi_head_attention_forward", "_native_multi_head_attention", "flex_attention")
-# Lowered attention of ATen, and other libraries' operators.
-_LIBRARY = re.compile(r"^_scaled_dot_product|::.*(flash_attn|flash_attention|sage_?attn|efficient_attention|attn_fwd)")
-_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-_ON_THE_WAY = (
-    "to",
-    "float",
-    "type_as",
-    "masked_fill",
-    "view",
-    "reshape",
-    "softmax",
-    "transpose",
-    "dropout",
-    "expand",
-    "clone",
-    "_unsafe_view",
-    "_to_copy",
-    "contiguous",
-)
+MODULES = frozenset(["multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"])
+_PASSES = ON_THE_WAY | SOFTMAX | {"expand"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +35,13 @@ class AttentionCall:
 
 
 def spelling(node: fx.Node) -> str | None:
-    """How this node spells attention: an operator's name, "softmax" for one written out by hand, or None."""
+    """How this node spells attention: an operator's name, "softmax" or "exp" where it is written out, or None."""
     name = name_of(node)
-    if name == SDPA or name in OPAQUE or _LIBRARY.search(name):
+    if name == SDPA or name in MODULES or name == "flex_attention" or LIBRARY.search(name):
         return name
-    return "softmax" if name in _SOFTMAX and _is_handwritten(node) else None
+    if (name in SOFTMAX or name == "exp") and _is_handwritten(node):
+        return "exp" if name == "exp" else "softmax"
+    return None
 
 
 def _is_handwritten(node: fx.Node) -> bool:
@@ -65,19 +51,24 @@ def _is_handwritten(node: fx.Node) -> bool:
     return _meets_product(node, upwards=True) and _meets_product(node, upwards=False)
 
 
-def _meets_product(node: fx.Node, *, upwards: bool, steps: int = 8) -> bool:
-    for near in node.all_input_nodes[:1] if upwards else node.users:
-        name = name_of(near) if near.op in ("call_function", "call_method") else ""
-        if name in _PRODUCTS:
+def _meets_product(node: fx.Node, *, upwards: bool, steps: int = 12) -> bool:
+    """True where casts, views and elementwise operators alone lie between the node and a product."""
+    seen, front = {node}, [node]
+    for _ in range(steps + 1):
+        near = {x for at in front for x in (at.all_input_nodes if upwards else at.users)} - seen
+        names = {x: name_of(x) if x.op in ("call_function", "call_method") else "" for x in near}
+        if not PRODUCTS.isdisjoint(names.values()):
             return True
-        passes = name in _ON_THE_WAY or is_elementwise(name)
-        if steps and passes and _meets_product(near, upwards=upwards, steps=steps - 1):
-            return True
+        seen |= near
+        front = [x for x, name in names.items() if name in _PASSES or is_elementwise(name)]
     return False
 
 
 def attention_call(node: fx.Node) -> AttentionCall | None:
-    """The arguments of a ``scaled_dot_product_attention`` node, None where they cannot be read."""
+    """The arguments of a plain ``scaled_dot_product_attention``; None where they must be read and spelled anew.
+
+    Plain is one over four dimensions, with a bool mask or none and a scale that is a number.
+    """
     normalized = normalize_function(
         node.target,  # type: ignore[arg-type]
         node.args,  # type: ignore[arg-type]
@@ -88,13 +79,17 @@ def attention_call(node: fx.Node) -> AttentionCall | None:
         return None
     kwargs = normalized.kwargs
     tensors = [kwargs.get(name) for name in ("query", "key", "value")]
-    dropout, scale = kwargs.get("dropout_p", 0.0), kwargs.get("scale")
+    dropout, scale, mask = kwargs.get("dropout_p", 0.0), kwargs.get("scale"), kwargs.get("attn_mask")
     if not all(isinstance(t, fx.Node) for t in tensors) or isinstance(dropout, fx.Node) or isinstance(scale, fx.Node):
         return None
     query, key, value = (cast(fx.Node, t) for t in tensors)
+    if any(len(shape_of(x) or []) != 4 for x in (query, key, value)):
+        return None
+    if isinstance(mask, fx.Node) and getattr(value_of(mask), "dtype", None) != torch.bool:
+        return None
     return AttentionCall(
         node, query, key, value,
-        mask=cast("fx.Node | None", kwargs.get("attn_mask")),
+        mask=cast("fx.Node | None", mask),
         dropout=float(dropout or 0.0),
         causal=bool(kwargs.get("is_causal", False)),
         scale=scale,

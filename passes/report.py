@@ -29,6 +29,7 @@ class Reason(str, Enum):
     DROPOUT = "dropout"
     LAYOUT = "layout"
     SPELLING = "spelling"
+    WEIGHTS_USED = "weights_used"
     DYNAMIC_GRID = "dynamic_grid"
     SHARED_SUBGRAPH = "shared_subgraph"
     CONTROL_FLOW = "control_flow"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from ..kernels.partition import TILE_OF
+from .builder import Builder
+from .calls import SDPA, read_call
+from .canonical import Spelled, spell
 from .decide import Decision, decide
-from .recognise import SDPA, AttentionCall, attention_call, module_path, source_line, spelling
-from .replace import Builder, numbers, replace_attention
+from .handwritten import read
+from .modules import spell_module
+from .reading import Unread
+from .recognise import MODULES, AttentionCall, attention_call, module_path, source_line, spelling
+from .replace import numbers, replace_attention
 from .report import Layers, Reason, Report, Site, SiteKey, site_keys
 from .sizes import Size, shape_of, value_of
 from .track import Scope, Tracking, track
@@ -61,56 +68,83 @@ def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, l
     layers = Layers() if layers is None else layers
     tracking = track(gm, lambda node: spelling(node) is not None)
     keys = site_keys((module_path(node), source_line(node)) for _, node in tracking.order)
-    plan: list[tuple[Scope, fx.Node, AttentionCall | None, Decision]] = []
-    for scope, node in tracking.order:
-        call = attention_call(node) if spelling(node) == SDPA else None
-        plan.append((scope, node, call, _decide(call, node, scope, tracking, grid)))
-
+    plan = [_plan(scope, node, tracking, grid) for scope, node in tracking.order]
     report = Report()
-    for key, (scope, node, call, decision) in zip(keys, plan, strict=True):
-        facts = _facts(node, call, decision)
-        if call is not None and decision.reason is Reason.REWRITTEN:
-            site = _apply(call, scope, decision, config, layers, key, facts)
-        else:
-            site = Site(reason=decision.reason, detail=decision.detail, **facts)
-        report.sites.append(site)
+    for key, found in zip(keys, plan, strict=True):
+        report.sites.append(_carry_out(found, config, layers, key))
     report.sites.extend(_unentered(tracking))
-    for module in {id(scope.module): scope.module for scope, *_ in plan}.values():
+    for module in {id(found.scope.module): found.scope.module for found in plan}.values():
         module.graph.lint()
         module.recompile()
     return report
 
 
-def _decide(
-    call: AttentionCall | None, node: fx.Node, scope: Scope, tracking: Tracking, grid: Triple | None
-) -> Decision:
-    if call is None:
-        remedy = (
-            "its arguments are no plain tensors and numbers (a scale or dropout_p that is itself computed?)"
-            if spelling(node) == SDPA
-            else "call F.scaled_dot_product_attention instead"
-        )
-        return Decision(Reason.SPELLING, f"attention spelled as {spelling(node)} is not understood; {remedy}")
+@dataclass
+class _Found:
+    """An attention of the graph, the call that spells it out, and what was decided."""
+
+    scope: Scope
+    node: fx.Node
+    decision: Decision
+    call: AttentionCall | None = None
+    spelled: Spelled | None = None
+
+
+def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None) -> _Found:
+    """Read the attention and prove it; a spelling of its own stays in the graph only where it will be used."""
+    try:
+        call, spelled = _read(scope, node)
+    except Unread as unread:
+        return _Found(scope, node, Decision(unread.reason, unread.detail))
     decision = decide(call, scope, tracking, grid)
+    if decision.reason is Reason.REWRITTEN and spelled is not None and spelled.problem is not None:
+        decision = Decision(spelled.problem.reason, spelled.problem.detail)
     if decision.reason is Reason.REWRITTEN and scope.calls > 1:
-        return Decision(
+        decision = Decision(
             Reason.SHARED_SUBGRAPH,
             f"one subgraph serves {scope.calls} layers, which need blocks of their own; compile the model as a whole",
         )
-    return decision
+    return _Found(scope, node, decision, call, spelled)
+
+
+def _read(scope: Scope, node: fx.Node) -> tuple[AttentionCall, Spelled | None]:
+    """The attention as one call over [batch, heads, tokens, head_dim]; :class:`Unread` where it cannot be read."""
+    name = spelling(node)
+    call = attention_call(node) if name == SDPA else None
+    if call is not None:
+        return call, None
+    if name == "flex_attention":
+        raise Unread("flex_attention's score and block functions are not read; use scaled_dot_product_attention")
+    if name in MODULES:
+        spelled = spell_module(node, scope)
+    else:
+        spelled = spell(read(node) if name in ("softmax", "exp") else read_call(node), scope)
+    call = attention_call(spelled.call)
+    assert call is not None
+    return call, spelled
+
+
+def _carry_out(found: _Found, config: Policy, layers: Layers, key: SiteKey) -> Site:
+    facts = _facts(found)
+    if found.call is None or found.decision.reason is not Reason.REWRITTEN:
+        site = Site(reason=found.decision.reason, detail=found.decision.detail, **facts)
+    else:
+        site = _apply(found, found.call, config, layers, key, facts)
+    if found.spelled is not None and not site.rewritten:
+        found.spelled.undo()
+    return site
 
 
 def _apply(
+    found: _Found,
     call: AttentionCall,
-    scope: Scope,
-    decision: Decision,
     config: Policy,
     layers: Layers,
     key: SiteKey,
     facts: dict[str, Any],
 ) -> Site:
     """Carry out a legal rewrite, unless the configuration keeps this site dense."""
-    layout = decision.layout
+    layout = found.decision.layout
     assert layout is not None
     tokens = (shape_of(call.query) or [])[2]
     least = config.least_tokens(_device_type(call.query))
@@ -126,7 +160,7 @@ def _apply(
     facts |= {"layer": layer}
     if layer in config.dense_layers:
         return Site(reason=Reason.DENSE_LAYER, detail=f"layer {layer} is in dense_layers", **facts)
-    builder = Builder(scope.module.graph, call.node)
+    builder = Builder(found.scope.module.graph, call.node)
     sizes = numbers(builder, layout)
     if sizes is None:
         return Site(
@@ -139,7 +173,9 @@ def _apply(
         "tile": TILE_OF[config.granularity],
     }  # fmt: skip
     block = [extent if step is None else step for step, extent in zip(steps, sizes[:3], strict=True)]
-    replace_attention(call, builder, sizes, block, selection)
+    attended = replace_attention(call, builder, sizes, block, selection)
+    if found.spelled is not None:
+        found.spelled.take_place(attended)
     return Site(
         reason=Reason.REWRITTEN,
         detail="",
@@ -160,8 +196,9 @@ def _density_bound(config: Policy, grid: Triple, steps: tuple[int | None, ...]) 
     return min(1.0, 1 / boxes + config.threshold)
 
 
-def _facts(node: fx.Node, call: AttentionCall | None, decision: Decision) -> dict[str, Any]:
+def _facts(found: _Found) -> dict[str, Any]:
     """Fields of a site that do not depend on the verdict."""
+    node, call, decision = found.node, found.call, found.decision
     facts: dict[str, Any] = {
         "path": module_path(node),
         "spelling": spelling(node) or "",

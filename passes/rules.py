@@ -15,11 +15,14 @@ from torch import fx
 
 from .indexing import SLICES, indexed, number, sliced
 from .op import Op, Result
-from .sizes import Size, add, same, size_of, value_of
+from .products import product_of
+from .sizes import ONE, Size, add, same, size_of, value_of
 from .tokens import (
     ROLES,
     UNIT,
     Axes,
+    Axis,
+    Origin,
     axis_size,
     claims,
     concatenate,
@@ -28,6 +31,7 @@ from .tokens import (
     grid_axis,
     is_mixed,
     join_all,
+    merged_grid,
     mixed,
     reshape,
     unknown,
@@ -47,7 +51,7 @@ def elementwise(op: Op) -> Axes:
 
 def regroup(op: Op) -> Axes:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: only the result's sizes matter."""
-    return reshape(op.tokens(), op.sizes, op.label)
+    return tuple(merged_grid(axis, op.label) for axis in reshape(op.tokens(), op.sizes, op.label))
 
 
 def permute(op: Op) -> Axes:
@@ -96,6 +100,35 @@ def attention(op: Op) -> Axes:
     """Scaled dot-product attention: the queries' tokens, the values' channels."""
     query, value = op.tokens(0, "query"), op.tokens(2, "value")
     return (*query[:-1], value[-1]) if query and value else op.unknown()
+
+
+def module_attention(op: Op) -> Result:
+    """``nn.MultiheadAttention``: the queries' tokens, projected, and weights."""
+    query = op.tokens(0, "query")
+    values = value_of(op.node)
+    if not query or not isinstance(values, (tuple, list)):
+        return op.unknown()
+    width = size_of(values[0].shape[-1])
+    return [(*query[:-1], unknown(width, f"{op.label}[-1]")), ()]
+
+
+def encoder_layer(op: Op) -> Axes:
+    src = op.tokens(0, "src")
+    return (*src[:-1], unknown(op.sizes[-1], f"{op.label}[-1]")) if src else op.unknown()
+
+
+def product(op: Op) -> Axes:
+    """einsum and baddbmm of two tensors: what runs together is joined, the rest comes from one operand."""
+    found = product_of(op.node)
+    if found is None:
+        return op.unknown()
+    result: list[Axis] = []
+    for dim, label in enumerate(found.out_dims):
+        axes: list[Axes] = []
+        for operand, dims in ((found.left, found.left_dims), (found.right, found.right_dims)):
+            axes += [((op.axes_of(operand) or op.unknown())[dims.index(label)],)] if label in dims else []
+        result.extend(join_all(axes, [op.sizes[dim]], f"{op.label}[{dim}]"))
+    return tuple(result)
 
 
 def reduce(op: Op) -> Axes:
@@ -161,9 +194,48 @@ def expand(op: Op) -> Axes:
     sizes = op.sizes
     padded = (*[UNIT] * (len(sizes) - len(axes)), *axes)
     return tuple(
-        axis if same(axis_size(axis), size) else unknown(size, f"{op.label}[{dim}]")
+        axis if same(axis_size(axis), size) else unknown(size, f"{op.label}[{dim}]", Origin.CONSTANT)
         for dim, (axis, size) in enumerate(zip(padded, sizes, strict=True))
     )
+
+
+def repeat(op: Op) -> Axes:
+    """Copies laid end to end: of one position the same value everywhere, of several a new order."""
+    axes, sizes = op.tokens(), op.sizes
+    padded = (*[UNIT] * (len(sizes) - len(axes)), *axes)
+    return tuple(
+        axis
+        if same(axis_size(axis), size)
+        else unknown(size, f"{op.label}[{dim}]", Origin.CONSTANT)
+        if axis_size(axis) == ONE
+        else mixed((axis,), size, f"{op.label}[{dim}]")
+        for dim, (axis, size) in enumerate(zip(padded, sizes, strict=True))
+    )
+
+
+def counting(op: Op) -> Axes:
+    """arange, linspace: positions that count up."""
+    return tuple(unknown(size, f"{op.label}[{dim}]", Origin.TABLE) for dim, size in enumerate(op.sizes))
+
+
+def outer(op: Op) -> Axes:
+    left, right = op.tokens(0), op.tokens(1, "vec2", "other")
+    return (*left, *right)
+
+
+def meshgrid(op: Op) -> Result:
+    """Every result has the axes of all operands, the first two swapped where they are columns and rows."""
+    tensors = op.arg(0, "tensors")
+    if not isinstance(tensors, (tuple, list)):
+        tensors = [x for x in op.node.args if isinstance(x, fx.Node)]
+    parts = [(op.axes_of(x) if isinstance(x, fx.Node) else None) or () for x in tensors]
+    if any(len(axes) != 1 for axes in parts):
+        return []
+    axes = [axes[0] for axes in parts]
+    indexing = op.node.kwargs.get("indexing") or (op.node.args[1] if len(op.node.args) == 2 else "ij")
+    if indexing == "xy":
+        axes[:2] = axes[1::-1]
+    return [tuple(axes)] * len(parts)
 
 
 def reorder(op: Op) -> Axes:
@@ -255,7 +327,14 @@ RULES: Mapping[str, Callable[[Op], Result]] = MappingProxyType(
         **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"), pieces),
         **dict.fromkeys(SLICES, sliced),
         **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
+        **dict.fromkeys(("einsum", "baddbmm"), product),
+        **dict.fromkeys(("multi_head_attention_forward", "_native_multi_head_attention"), module_attention),
+        "_transformer_encoder_layer_fwd": encoder_layer,
         **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+        **dict.fromkeys(("repeat", "tile"), repeat),
+        **dict.fromkeys(("arange", "linspace"), counting),
+        **dict.fromkeys(("outer", "ger"), outer),
+        "meshgrid": meshgrid,
         **dict.fromkeys(_REORDER, reorder),
         **dict.fromkeys(("cat", "concat", "concatenate"), cat),
         **dict.fromkeys(("conv3d", "conv2d"), patch_embedding),

@@ -31,13 +31,13 @@ ONE = Size(1, 1)
 
 
 def size_of(value: int | torch.SymInt) -> Size:
-    """``value`` as a :class:`Size`. Sizes that depend on data have no example value; they count as 0."""
+    """``value`` as a :class:`Size`. Sizes that depend on data have no example value; they count as 1."""
     if isinstance(value, int):
         return Size(value, value)
     expr = value.node.expr
     if expr.is_Integer:
         return Size(int(expr), int(expr))
-    hint = value.node.hint if value.node.has_hint() else 0
+    hint = value.node.hint if value.node.has_hint() else 1
     return Size(expr, int(hint))
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 from .sizes import ONE, Size, add, multiply, quotient, same, size_of, subtract
 
@@ -20,9 +21,18 @@ from .sizes import ONE, Size, add, multiply, quotient, same, size_of, subtract
 class Origin(IntEnum):
     """How much is known about where a factor came from; the better known one survives a join."""
 
-    CONSTANT = 0  # a parameter or buffer
-    OPERATOR = 1  # an operator without a rule, or a factory
-    INPUT = 2  # an axis of a graph input
+    CONSTANT = 0  # a parameter or buffer, or one value for every position
+    TABLE = 1  # positions that count up, as rotary tables are made of
+    OPERATOR = 2  # an operator without a rule, or a factory
+    INPUT = 3  # an axis of a graph input
+
+
+class Place(NamedTuple):
+    """The dimension of a graph input that a factor is, or the outer part of."""
+
+    tensor: str
+    dim: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Factor:
     origin: Origin = Origin.OPERATOR
     part: tuple[Segment, Size] | None = None  # a cut of that segment, starting at that position
     folded: str | None = None  # the conv2d grid over whose batch it runs: these may be its frames
+    place: Place | None = None
 
     def __str__(self) -> str:
         if self.role == MIXED:
@@ -58,7 +69,14 @@ def unknown(size: Size, source: str, origin: Origin = Origin.OPERATOR) -> Axis:
 
 
 def unknowns(sizes: Sequence[Size], source: str, origin: Origin = Origin.OPERATOR) -> Axes:
-    return tuple(unknown(size, f"{source}[{dim}]", origin) for dim, size in enumerate(sizes))
+    axes = [unknown(size, f"{source}[{dim}]", origin) for dim, size in enumerate(sizes)]
+    if origin is Origin.INPUT:
+        places = [Place(source, dim, len(sizes)) for dim in range(len(sizes))]
+        axes = [
+            tuple(tuple(replace(factor, place=place) for factor in segment) for segment in axis)
+            for axis, place in zip(axes, places, strict=True)
+        ]
+    return tuple(axes)
 
 
 def plain_source(source: str) -> str:
@@ -123,12 +141,13 @@ def join(a: Axis, b: Axis, source: str) -> Axis:
     placed_a, placed_b = (claims(axis) and not is_mixed(axis) for axis in (a, b))
     if placed_a and placed_b:
         if _like(a, b):
-            return a
+            return b if _is_table(a) and not _is_table(b) else a
         if len(a) == len(b) > 1 and all(same(segment_size(x), segment_size(y)) for x, y in zip(a, b, strict=True)):
             return tuple(join((x,), (y,), source)[0] for x, y in zip(a, b, strict=True))
-        return mixed((a, b), axis_size(a), source)
+        return _common(a, b, source) or mixed((a, b), axis_size(a), source)
     if placed_a or placed_b:
-        return a if placed_a else b
+        placed, other = (a, b) if placed_a else (b, a)
+        return _positioned(other, placed) if _is_table(placed) else placed
     if claims(a) and claims(b):
         return mixed((a, b), axis_size(a), source)
     if claims(a) or claims(b):
@@ -136,12 +155,49 @@ def join(a: Axis, b: Axis, source: str) -> Axis:
     return max(a, b, key=_knowledge)
 
 
+def _common(a: Axis, b: Axis, source: str) -> Axis | None:
+    """Two sequences that are the same but for a run of conditions, such as texts of two lengths and their padding."""
+    before = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest = list(zip(reversed(a[before:]), reversed(b[before:]), strict=False))
+    after = next((i for i, (x, y) in enumerate(rest) if x != y), len(rest))
+    runs = a[before : len(a) - after], b[before : len(b) - after]
+    if any(claims(run) or not run for run in runs) or not same(axis_size(runs[0]), axis_size(runs[1])):
+        return None
+    return (*a[:before], *unknown(axis_size(runs[0]), source), *a[len(a) - after :])
+
+
+def _is_table(axis: Axis) -> bool:
+    return any(f.role in ROLES and f.origin is Origin.TABLE for f in factors(axis))
+
+
+def _positioned(tokens: Axis, table: Axis) -> Axis:
+    """Tokens that a table of positions was joined to: it says which place each has, not whose tokens they are."""
+    if all(factor.origin <= Origin.TABLE for factor in factors(tokens)):
+        return table
+    segment = tokens[0]
+    if len(tokens) != 1 or len(segment) != 1 or segment[0].part is not None or raster_of(table[0]) is None:
+        return tokens
+    return (tuple(replace(f, source=segment[0].source, origin=Origin.OPERATOR) for f in table[0]),)
+
+
 def _like(a: Axis, b: Axis) -> bool:
     """True for two grids of the same sizes: embeddings of two videos that are added frame by frame, row by row."""
 
+    def role(factor: Factor) -> str | None:
+        """That of the frames, rows or columns of which this is some that follow each other."""
+        whole = factor.part[0] if factor.part is not None else ()
+        return whole[0].role if len(whole) == 1 else factor.role if factor.part is None else None
+
     def shape(axis: Axis) -> list[list[tuple[str | None, Size]]] | None:
-        plain = all(f.role in ROLES and f.part is None for f in factors(axis))
-        return [[(f.role, f.size) for f in segment] for segment in axis] if plain else None
+        found: list[list[tuple[str | None, Size]]] = []
+        for segment in axis:
+            raster = raster_of(segment)
+            if raster is None and any(role(f) not in ROLES for f in segment):
+                return None
+            names = ROLES if raster else [role(f) for f in segment]
+            sizes = raster.sizes if raster else [f.size for f in segment]
+            found.append(list(zip(names, sizes, strict=True)))
+        return found
 
     return shape(a) == shape(b) is not None
 
@@ -229,7 +285,8 @@ def _part(segment: Segment, start: Size, length: Size, source: str) -> Segment:
         start = add([offset, start])
     else:
         whole = segment
-    label = f"{source} cut"
+    # The same positions of the same tokens are the same, wherever they were cut.
+    label = f"{whole[0].source if whole else source} cut"
     return (Factor(length, None, label, segment[0].origin if segment else Origin.OPERATOR, (whole, start)),)
 
 
@@ -319,7 +376,7 @@ def _split(factor: Factor, product: Size, size: Size) -> tuple[Factor, Factor] |
     # The sizes are part of the names: the outer three of twelve and the inner three are not the same positions.
     return (
         replace(factor, size=first, source=f"{factor.source}/{first}"),
-        replace(factor, size=second, source=f"{factor.source}%{second}"),
+        replace(factor, size=second, source=f"{factor.source}%{second}", place=None),
     )
 
 
@@ -343,6 +400,41 @@ def raster_of(segment: Segment) -> Raster | None:
     if not (own_frames or folded_frames):
         return None
     return Raster((frame.size, row.size, column.size), row.source)
+
+
+_VIDEO_DIMS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))  # [B, C, T, H, W], [B, T, C, H, W], [B, T, H, W, C]
+
+
+def merged_grid(axis: Axis, source: str) -> Axis:
+    """The axis with its places in a grid where a reshape has merged three axes into it.
+
+    These are the axes of one five-dimensional input, whole or cut into patches, or three that count positions up.
+    """
+    return tuple(_merged(segment, source) for segment in axis)
+
+
+def _merged(segment: Segment, source: str) -> Segment:
+    if len(segment) != 3 or any(f.role is not None or f.part is not None for f in segment):
+        return segment
+    places = [f.place for f in segment]
+    origin = Origin.OPERATOR
+    if all(f.origin is Origin.TABLE for f in segment):
+        if len({f.source for f in segment}) < 3:
+            return segment
+        origin = Origin.TABLE
+    elif (
+        None in places
+        or len({(p.tensor, p.rank) for p in places if p}) != 1
+        or places[0] is None
+        or places[0].rank != 5
+        or tuple(p.dim for p in places if p) not in _VIDEO_DIMS
+    ):
+        return segment
+    else:
+        source = places[0].tensor
+    return tuple(
+        replace(f, role=role, source=source, origin=origin, place=None) for f, role in zip(segment, ROLES, strict=True)
+    )
 
 
 def describe(axis: Axis) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,21 @@ from .names import is_elementwise, name_of
 from .op import Op, Result
 from .rules import RULES, elementwise
 from .sizes import ONE, Size, memory_of, same, shape_of, value_of
-from .tokens import Axes, Axis, Origin, axis_size, claims, join, mixed, ordered, splice, unknown, unknowns
+from .tokens import (
+    ROLES,
+    Axes,
+    Axis,
+    Origin,
+    axis_size,
+    claims,
+    factors,
+    join,
+    mixed,
+    ordered,
+    splice,
+    unknown,
+    unknowns,
+)
 
 _PARAMETER = re.compile(r"^(l_self_|l__self__|p_|b_|c_|getattr_)|_(parameters|buffers)_", re.IGNORECASE)
 _WRITES_SECOND_ARGUMENT = frozenset(["setitem", "copy_"])
@@ -107,8 +121,10 @@ def _walk(scope: Scope, inputs: Mapping[int, Result], tracking: Tracking, wanted
             _enter(scope, node, graphs, calls, tracking, wanted)
             continue
         _type(scope, node)
-        if name_of(node) in ("conv3d", "conv2d"):
-            tracking.grids[scope.label + node.name] = node
+        for axis in scope.axes_of(node) or ():
+            for factor in factors(axis):
+                if factor.role in ROLES:
+                    tracking.grids.setdefault(factor.source, node)
 
 
 def _memory(node: fx.Node) -> list[int]:
@@ -195,6 +211,12 @@ def _type(scope: Scope, node: fx.Node) -> None:
     if isinstance(result, tuple):
         result = _fitting(op, result)
     scope.types[node] = result
+
+
+def type_nodes(scope: Scope, nodes: Iterable[fx.Node]) -> None:
+    """Types for nodes that were inserted after the walk, in order."""
+    for node in nodes:
+        _type(scope, node)
 
 
 def _written(node: fx.Node, name: str) -> list[fx.Node]:

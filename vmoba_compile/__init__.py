@@ -7,8 +7,9 @@ from .kernels import Selection, attention, select
 from .optimize import OptimizedModel, optimize, report
 from .passes import CoverageError, GridError, InputError, Report, RewriteError, Site
 from .schedule import Schedule
+from .verify import Verification, verify
 
 __all__ = [
     "CoverageError", "GridError", "InputError", "OptimizedModel", "Report", "RewriteError", "Schedule", "Selection",
-    "Site", "VMoBAConfig", "__version__", "attention", "explain", "optimize", "report", "select",
+    "Site", "VMoBAConfig", "Verification", "__version__", "attention", "explain", "optimize", "report", "select", "verify",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .backend import Rewriter, check_grid
 from .config import VMoBAConfig, as_config
 from .kernels.partition import Triple
-from .optimize import _input_error, compile_with
+from .optimize import _input_error, compile_with, whole_graphs
 from .passes import Report, RewriteError
 
 
@@ -48,7 +48,7 @@ def explain(
     fake_args, fake_kwargs = pytree.tree_map(fake, (args, kwargs))
     compiled = compile_with(model, rewriter, {"dynamic": False})
     try:
-        with _reparametrize_module(model, tensors), torch.no_grad():
+        with _reparametrize_module(model, tensors), torch.no_grad(), whole_graphs():
             compiled(*fake_args, **fake_kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RewriteError):

@@ -95,6 +95,11 @@ def compile_with(model: nn.Module, backend: Inner, compile_kwargs: Mapping[str, 
     return torch.compile(model, backend=backend, **kwargs)
 
 
+def whole_graphs() -> Any:
+    """Dynamo set to go on over a number or a length read from a tensor, where it would cut the graph: masks of text."""
+    return torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+
+
 class OptimizedModel(torch._dynamo.OptimizedModule):
     """A compiled model with a sparse and a dense graph. Made by :func:`optimize`."""
 
@@ -116,7 +121,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         ran: list[Report] = []
         rewriter.ran = ran
         try:
-            result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
+            with whole_graphs():
+                result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, RewriteError):
                 raise error.inner_exception from None

@@ -27,8 +27,10 @@ def bench():
 
 @pytest.mark.slow
 def test_model_runs_without_a_gpu(tmp_path):
-    command = [sys.executable, "-P", str(SCRIPT), "--only-model", "--grids", "4x6x8", "--layers", "3", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    args = ["--only-model", "--grids", "4x6x8", "--layers", "3", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-P", str(SCRIPT), *args], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("training-*.json")
     (row,) = json.loads(path.read_text())["models"]

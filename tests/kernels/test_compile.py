@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import vmoba_compile.kernels
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile")]  # what is compiled is kept for all tests here
 pytest.importorskip("triton")
 
 KERNELS = Path(vmoba_compile.kernels.__file__).parent

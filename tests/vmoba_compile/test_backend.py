@@ -9,7 +9,8 @@ from vmoba_compile.backend import inner_compiler
 
 NAME = "triton.mix_order_reduction"
 broken = pytest.mark.skipif(
-    torch.__version__ >= torch.torch_version.TorchVersion("2.14"), reason="mix-order reductions keep gradients since 2.14"
+    torch.__version__ >= torch.torch_version.TorchVersion("2.14"),
+    reason="mix-order reductions keep gradients since 2.14",
 )
 
 

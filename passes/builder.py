@@ -1,0 +1,67 @@
+"""Insert nodes into a graph, each with the example value that later passes and exporters expect."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from .sizes import Size, same, shape_of, size_of, value_of
+
+Number = int | fx.Node
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class Builder:
+    """Inserts nodes before ``at``, each with the example value that later passes and exporters expect."""
+
+    def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
+        self.graph = graph
+        self.at = at
+        self.added: list[fx.Node] = []
+        self.key = "example_value" if "example_value" in at.meta else "val"
+        # The mode that made the example values; during compilation another one is current.
+        self.fake_mode = getattr(value_of(at), "fake_mode", None) or nullcontext()
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.at):
+            make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
+            node = make(target, args, kwargs)
+        self.added.append(node)
+        node.meta = {name: value for name, value in self.at.meta.items() if name not in ("example_value", "val")}
+        real_args, real_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc,arg-type]
+        # Checkpointing around the model that is being compiled would count what example values save for a backward.
+        with self.fake_mode, torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            run = getattr(real_args[0], target) if isinstance(target, str) else target
+            node.meta[self.key] = run(*(real_args[1:] if isinstance(target, str) else real_args), **real_kwargs)
+        return node
+
+    def undo(self) -> None:
+        for node in reversed(self.added):
+            self.graph.erase_node(node)
+        self.added.clear()
+
+    def find(self, size: Size) -> Number | tuple[fx.Node, int] | None:
+        """The size as an int, as a node that is it, or as a tensor and its dimension; None where no shape holds it."""
+        if isinstance(size.expr, int):
+            return size.expr
+        for node in self.graph.nodes:
+            if node is self.at:
+                return None
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and same(size_of(value), size):
+                return node
+            for dim, extent in enumerate(shape_of(node) or []):
+                if not extent.static and same(extent, size):
+                    return node, dim
+        return None
+
+    def number(self, size: Size) -> Number:
+        found = self.find(size)
+        assert found is not None
+        return self.call(torch.ops.aten.sym_size.int, *found) if isinstance(found, tuple) else found

@@ -1,0 +1,184 @@
+"""Where a grid is known from: patches without a convolution, rotary tables, several grids; and where it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import VideoAttention, dense, raster_tokens, rewritten, verdicts, video
+from torch import nn
+from torch.nn import functional as F
+
+GRID = (2, 3, 4)
+
+
+def only(report):
+    assert len(report) == 1, str(report)
+    return report.sites[0]
+
+
+class Patches(VideoAttention):
+    """Patches cut out by reshape and permute; ``cut(x)`` makes [batch, tokens, 12] of [batch, 3, frames, rows, columns]."""
+
+    def __init__(self, cut, **kwargs):
+        super().__init__(**kwargs)
+        self.cut = cut
+        self.project = nn.Linear(12, 16)
+
+    def forward(self, x, *more):
+        return self.attend(*self.split(self.project(self.cut(x))), *more)
+
+
+def patches(x):
+    """[batch, frames, rows, columns, 12]."""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t, h // 2, 2, w // 2, 2)
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: patches(x).flatten(1, 3),
+        lambda x: patches(x).reshape(2, 24, 12),
+        lambda x: patches(x).flatten(1, 2).flatten(1, 2),
+        lambda x: patches(torch.cat([x, torch.zeros_like(x[:, :1])], 1)[:, :3]).flatten(1, 3),
+    ],
+    ids=["flatten", "reshape", "step by step", "with a channel more"],
+)
+def test_patches_without_a_convolution(cut):
+    assert only(rewritten(Patches(cut), video())).grid == GRID
+
+
+def test_pixel_unshuffle_is_not_followed():
+    model = Patches(lambda x: F.pixel_unshuffle(x.transpose(1, 2), 2).permute(0, 1, 3, 4, 2).flatten(1, 3))
+    assert verdicts(rewritten(model, video())) == ["no_grid"]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: patches(x).permute(0, 2, 3, 1, 4).flatten(1, 3),  # time runs fastest
+        lambda x: patches(x).transpose(2, 3).flatten(1, 3),  # columns before rows
+        lambda x: patches(x).flip(2).flatten(1, 3),
+        lambda x: patches(x)[:, :, torch.tensor([0, 2, 1])].flatten(1, 3),
+        lambda x: x.reshape(2, 3, 2, 3, 2, 2, 4).permute(0, 2, 4, 5, 3, 1, 6).flatten(1, 4).flatten(2),  # windows
+        lambda x: patches(x).flatten(0, 1).flatten(1, 2),  # a frame at a time
+    ],
+    ids=["time fastest", "columns first", "flipped", "picked", "windows", "frame by frame"],
+)
+def test_patches_in_another_order(cut):
+    assert not rewritten(Patches(cut), video()).rewritten
+
+
+class Rotary(nn.Module):
+    """Tokens come as a sequence; ``table(q)`` counts their places up: [tokens, 3] or more."""
+
+    def __init__(self, table, attend=dense, on=(True, True)):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.table, self.attend, self.on = table, attend, on
+
+    def forward(self, x, *more):
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        angles = self.table(x)[..., :1].cos()
+        return self.attend(q * angles if self.on[0] else q, k * angles if self.on[1] else k, v, *more)
+
+
+def counted(x, sizes=GRID):
+    axes = [torch.arange(size, dtype=torch.float32) for size in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def expanded(x, sizes=GRID):
+    t, h, w = (torch.arange(size, dtype=torch.float32) for size in sizes)
+    parts = t[:, None, None].expand(sizes), h[None, :, None].expand(sizes), w[None, None, :].expand(sizes)
+    return torch.stack(parts, -1).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("table", [counted, expanded])
+@pytest.mark.parametrize("on", [(True, True), (True, False)])
+def test_rotary_table(table, on):
+    site = only(rewritten(Rotary(table, on=on), torch.randn(2, 24, 16)))
+    assert (site.reason.value, site.grid) == ("rewritten", GRID)
+
+
+def test_the_table_is_not_the_tokens():
+    """Two videos at the same places: their attention to each other is no self-attention."""
+
+    class Model(Rotary):
+        def forward(self, x, y):
+            angles = self.table(x)[..., :1].cos()
+            q, _, _ = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            _, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(y).chunk(3, dim=-1))
+            return dense(q * angles, k * angles, v)
+
+    assert verdicts(rewritten(Model(counted), torch.randn(2, 24, 16), torch.randn(2, 24, 16))) == ["cross_attention"]
+
+
+def test_two_tables_that_disagree():
+    class Model(Rotary):
+        def forward(self, x):
+            q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            return dense(q * counted(x)[..., :1].cos(), k * counted(x, (3, 2, 4))[..., :1].cos(), v)
+
+    assert not rewritten(Model(counted), torch.randn(2, 24, 16)).rewritten
+
+
+def test_a_table_that_contradicts_the_patches():
+    class Model(VideoAttention):
+        def forward(self, x):
+            q, k, v = self.split(raster_tokens(self.patch(x)))
+            angles = counted(x, (4, 3, 2))[..., :1].cos()
+            return dense(q * angles, k * angles, v)
+
+    assert not rewritten(Model(), video()).rewritten
+
+
+def test_a_table_of_two_axes_is_no_grid():
+    def flat(x):
+        return torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"), -1).flatten(0, 1)
+
+    assert verdicts(rewritten(Rotary(flat), torch.randn(2, 24, 16))) == ["no_grid"]
+
+
+@pytest.mark.parametrize(("history", "verdict"), [((1, 3, 4), "rewritten"), ((2, 3, 4), "several_grids")])
+@pytest.mark.parametrize("first", [True, False])
+def test_history_beside_the_video(history, verdict, first):
+    class Model(VideoAttention):
+        def forward(self, x, y):
+            x, y = raster_tokens(self.patch(x)), raster_tokens(self.patch(y))
+            return dense(*self.split(torch.cat([y, x] if first else [x, y], 1)))
+
+    site = only(rewritten(Model(), video(), video(*history)))
+    assert site.reason.value == verdict
+    if verdict == "rewritten":
+        assert (site.grid, site.prefix, site.suffix) == (GRID, 12 if first else 0, 0 if first else 12)
+
+
+def test_texts_of_two_lengths_in_a_batch():
+    """Samples are attended one by one, each with its own text, and joined again."""
+
+    class Model(VideoAttention):
+        def forward(self, x, text):
+            x = raster_tokens(self.patch(x))
+            for _ in range(2):
+                parts = [dense(*self.split(torch.cat([x[i : i + 1], text[i : i + 1, : 3 + i]], 1))) for i in range(2)]
+                joined = torch.cat([F.pad(part, (0, 0, 0, 1 - i)) for i, part in enumerate(parts)])
+                x = x + joined.transpose(1, 2).flatten(2)[:, :24]
+            return x
+
+    report = rewritten(Model(), video(), torch.randn(2, 5, 16))
+    assert verdicts(report) == ["rewritten"] * 4 and [site.suffix for site in report] == [3, 4, 3, 4]
+
+
+def test_several_axes_folded_into_the_batch():
+    def attend(q, k, v):
+        return dense(q, k, v)
+
+    class Model(VideoAttention):
+        def forward(self, x):
+            b, c, t, h, w = x.shape
+            x = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, t, c)
+            return attend(*self.split(F.pad(x, (0, 13))))
+
+    assert verdicts(rewritten(Model(), video(3, 2, 2))) == ["factorised"]
