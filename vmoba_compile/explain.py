@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -56,12 +56,20 @@ def explain(
         raise
     except TorchRuntimeError as error:
         raise _input_error(model, (args, kwargs), error) from error
-    except DataDependentOutputException as error:
-        raise RewriteError(
-            f"{type(model).__name__} needs a tensor's value ({error.func}) between two graphs, which a dry run has not; "
-            f"use optimize() and report(). Until there: {rewriter.report.summary()}"
-        ) from error
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise _needs_value(model, str(error.func), rewriter.report) from error
+    except TypeError as error:
+        if "SymInt" not in str(error):
+            raise
+        raise _needs_value(model, str(error), rewriter.report) from error
     return rewriter.report
+
+
+def _needs_value(model: nn.Module, what: str, report: Report) -> RewriteError:
+    return RewriteError(
+        f"{type(model).__name__} needs a tensor's value ({what}) between two graphs, which a dry run has not; "
+        f"use optimize() and report(). Until there: {report.summary()}"
+    )
 
 
 class _WithoutRunning:

@@ -45,7 +45,7 @@ def test_explain_ones_own_model(capsys, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["explain", "my_model:make"]) == 1
-    assert "spelling" in capsys.readouterr().out
+    assert "weights_used" in capsys.readouterr().out
 
 
 def test_min_tokens(capsys):
