@@ -57,9 +57,16 @@ def test_goes_on_past_a_graph_break():
     assert len(report.rewritten) in (3, 6)  # the second call may find the first one's graph
 
 
-def test_says_where_a_dry_run_ends():
+def test_a_number_read_from_a_tensor_is_no_end():
     torch._dynamo.reset()
     model = Broken(lambda out: out.max().item())
+    report = vmoba_compile.explain(model, model.inputs["hidden_states"], config=models.CONFIG)
+    assert len(report) == 12  # both calls, in one graph
+
+
+def test_says_where_a_dry_run_ends():
+    torch._dynamo.reset()
+    model = Broken(lambda out: out if out.max() > 0 else -out)
     with pytest.raises(RewriteError, match=r"needs a tensor's value .* use optimize\(\) and report\(\)"):
         vmoba_compile.explain(model, model.inputs["hidden_states"], config=models.CONFIG)
 
