@@ -16,8 +16,9 @@ from .sizes import shape_of, value_of
 aten = torch.ops.aten
 _CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"])
 _VIEWS = frozenset(
-    ["unsqueeze", "squeeze", "view", "reshape", "getitem", "expand", "transpose", "permute", "contiguous", "clone"]
-)
+    ["unsqueeze", "squeeze", "view", "reshape", "getitem", "expand", "transpose", "permute", "contiguous", "clone",
+     "slice", "select", "alias", "flatten", "unflatten", "repeat_interleave"]
+)  # fmt: skip
 _ZEROS = frozenset(["zeros", "zeros_like", "new_zeros"])
 
 

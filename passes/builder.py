@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
+from .reading import Unread
+from .report import Reason
 from .sizes import Size, same, shape_of, size_of, value_of
 
 Number = int | fx.Node
@@ -26,7 +29,9 @@ class Builder:
         self.added: list[fx.Node] = []
         self.key = "example_value" if "example_value" in at.meta else "val"
         # The mode that made the example values; during compilation another one is current.
-        self.fake_mode = getattr(value_of(at), "fake_mode", None) or nullcontext()
+        value = value_of(at)
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        self.fake_mode = getattr(first, "fake_mode", None) or nullcontext()
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.at):
@@ -40,6 +45,18 @@ class Builder:
             run = getattr(real_args[0], target) if isinstance(target, str) else target
             node.meta[self.key] = run(*(real_args[1:] if isinstance(target, str) else real_args), **real_kwargs)
         return node
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Leaves the graph as it was where the block raises :class:`Unread`, or torch refuses one of its calls."""
+        try:
+            yield
+        except Unread:
+            self.undo()
+            raise
+        except RuntimeError as error:
+            self.undo()
+            raise Unread(f"it cannot be spelled as one call: {str(error).splitlines()[0]}") from error
 
     def undo(self) -> None:
         for node in reversed(self.added):
@@ -63,5 +80,6 @@ class Builder:
 
     def number(self, size: Size) -> Number:
         found = self.find(size)
-        assert found is not None
+        if found is None:
+            raise Unread(f"the size {size} is not at hand in this subgraph; compile with dynamic=False", Reason.DYNAMIC_GRID)
         return self.call(torch.ops.aten.sym_size.int, *found) if isinstance(found, tuple) else found

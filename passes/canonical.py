@@ -58,14 +58,8 @@ class Spelled:
 def spell(reading: Reading, scope: Scope) -> Spelled:
     """Insert the call. Raises :class:`Unread`, with the graph as it was, where the operator has no such attention."""
     builder = Builder(scope.module.graph, reading.result)
-    try:
+    with builder.attempt():
         return _spell(reading, scope, builder)
-    except Unread:
-        builder.undo()
-        raise
-    except RuntimeError as error:  # tensors on several devices, of several kinds
-        builder.undo()
-        raise Unread(f"its tensors do not go together: {str(error).splitlines()[0]}") from error
 
 
 def _spell(reading: Reading, scope: Scope, builder: Builder) -> Spelled:
@@ -97,7 +91,7 @@ def _spell(reading: Reading, scope: Scope, builder: Builder) -> Spelled:
     )  # fmt: skip
     out = value_of(reading.result)
     assert isinstance(out, torch.Tensor)
-    result = _laid_out(builder, _cast(builder, _back(builder, call, batch, reading), out.dtype), out)
+    result = _laid_out(builder, _cast(builder, _back(builder, call, batch, reading), out.dtype), reading.result)
     type_nodes(scope, builder.added)
     return Spelled(call, reading.result, result, builder.added, reading.nodes, problem)
 
@@ -112,8 +106,10 @@ def attend(builder: Builder, tensors: list[fx.Node], mask: fx.Node | None, **opt
     return node
 
 
-def _laid_out(builder: Builder, node: fx.Node, like: torch.Tensor) -> fx.Node:
+def _laid_out(builder: Builder, node: fx.Node, original: fx.Node) -> fx.Node:
     """The result with the strides of the original, which the graph may see through other views."""
+    like, written = value_of(original), is_disturbed([original], original, original.graph.output_node())
+    assert isinstance(like, torch.Tensor)
     value = value_of(node)
     assert isinstance(value, torch.Tensor)
     if not all(map(same, map(size_of, value.shape), map(size_of, like.shape))):
@@ -121,7 +117,8 @@ def _laid_out(builder: Builder, node: fx.Node, like: torch.Tensor) -> fx.Node:
     strides = [size_of(stride) for stride in like.stride()]
     wide = [dim for dim, size in enumerate(like.shape) if size_of(size) != ONE]
     if all(same(size_of(value.stride(dim)), strides[dim]) for dim in wide):
-        return node
+        # The attention keeps its result for the backward, so that a copy must be written to.
+        return builder.call(aten.clone.default, node) if written else node
     order = sorted(range(like.dim()), key=lambda dim: -strides[dim].hint)
     node = builder.call(aten.contiguous.default, builder.call(aten.permute.default, node, order))
     return builder.call(aten.permute.default, node, [order.index(dim) for dim in range(like.dim())])

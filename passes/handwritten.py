@@ -9,13 +9,13 @@ weights beside the values, leaves the attention dense.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import fx
 
-from .effects import check_undisturbed, is_live
+from .effects import check_undisturbed, is_disturbed, is_live
 from .labels import CHANNELS, KEYS, QUERIES, VALUES, Dims, Labels
 from .names import name_of
 from .products import BROADCAST, Product, product_of
@@ -31,16 +31,18 @@ _SWAPS = frozenset(["transpose", "swapaxes", "swapdims", "mT", "permute"])
 _SCALES = frozenset(["mul", "mul_", "div", "div_", "multiply", "divide", "true_divide", "neg"])
 _DIVISIONS = frozenset(["div", "div_", "divide", "true_divide"])
 _MASKS = frozenset(["add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where"])
-_SHIFTS = _CASTS | {"detach", "getitem", "getattr"}
+_SHIFTS = _CASTS | {"detach", "getitem", "values"}
 _DROPOUT = frozenset(["dropout", "dropout_", "alpha_dropout", "feature_dropout"])
 _STEPS = _SAME | _VIEWS | _SWAPS
+_SWITCHES = frozenset(["_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"])
+_IN_PLACE = frozenset(name for name in _SCALES | _MASKS if name.endswith("_"))
 ON_THE_WAY = _STEPS | _SCALES | _MASKS | _DROPOUT
 
 
 def read(node: fx.Node) -> Reading:
     """The attention around a softmax or exp. Raises :class:`Unread` where it is not one, or not understood."""
     ends = _ends(node)
-    chain = _up(ends.scores)
+    chain = _up(ends.scores, ends.reader)
     if chain is None:
         raise Unread(f"the scores of {name_of(node)} are no product of queries and keys that is understood")
     product, steps = chain
@@ -55,7 +57,9 @@ def read(node: fx.Node) -> Reading:
     _check_queries(reading)
     reading.result, inner = _down(ends, state)
     reading.nodes = _alone([product.node, *steps, *ends.inside, node, ends.weights, *inner])
-    _undisturbed(reading, product.node, reading.result if ends.sum is None else inner[0])
+    last = reading.result if ends.sum is None else inner[0]
+    operands = [(product.left, product.node), (product.right, product.node), (reading.value.node, last)]
+    _undisturbed(reading, product.node, [*operands, *state.read])
     reading.scale = state.scale
     return reading
 
@@ -65,6 +69,7 @@ class _Ends:
     """Where the scores come in and the weights come out; ``sum`` divides the result where it does not the weights."""
 
     scores: fx.Node
+    reader: fx.Node
     dim: int
     weights: fx.Node
     sum: fx.Node | None = None
@@ -76,7 +81,7 @@ def _ends(node: fx.Node) -> _Ends:
         dim, scores = argument(node, 1, "dim"), argument(node, 0, "input", "self")
         if not isinstance(dim, int) or not isinstance(scores, fx.Node):
             raise Unread("softmax without a dim")
-        return _Ends(scores, dim, node)
+        return _Ends(scores, node, dim, node)
     return _exponential(node)
 
 
@@ -85,13 +90,13 @@ def _exponential(node: fx.Node) -> _Ends:
     shifted = argument(node, 0, "input", "self")
     if not isinstance(shifted, fx.Node):
         raise Unread("exp of no tensor")
-    scores, inside = shifted, [shifted]
+    scores, reader, inside = shifted, node, [shifted]
     peak_dim = None
     peak = _peak(shifted)
     if peak is not None:
-        scores, inside = peak.of, [shifted, *peak.nodes]
+        scores, reader, inside = peak.of, shifted, [shifted, *peak.nodes]
         if peak.whole:
-            return _Ends(scores, peak.dim, node, inside=tuple(inside))
+            return _Ends(scores, reader, peak.dim, node, inside=tuple(inside))
         peak_dim = peak.dim
     sums = [user for user in node.users if called(user) == "sum"]
     if len(sums) != 1:
@@ -113,8 +118,8 @@ def _exponential(node: fx.Node) -> _Ends:
     ):
         raise Unread("an exp whose sum is used otherwise than to divide")
     if argument(division, 0, "input", "self") is node:
-        return _Ends(scores, dim, division, inside=tuple(inside))
-    return _Ends(scores, dim, node, sum=total, inside=tuple(inside))
+        return _Ends(scores, reader, dim, division, inside=tuple(inside))
+    return _Ends(scores, reader, dim, node, sum=total, inside=tuple(inside))
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,10 @@ def _peak(shifted: fx.Node) -> _Peak | None:
         found.append(before)
     *since, last = found
     names, dim = [called(x) for x in since], _kept_dim(last)
-    first = [x for x in since if called(x) in ("getitem", "getattr")]
+    first = [x for x in since if called(x) in ("getitem", "values")]
     if dim is None or argument(last, 0, "input", "self") is not scores or not isinstance(scores, fx.Node):
+        return None
+    if is_disturbed([scores], last, shifted):
         return None
     if called(last) == "logsumexp":
         # The gradient of the softmax flows through it.
@@ -172,10 +179,13 @@ def _same_dtype(*nodes: fx.Node) -> bool:
 # Upwards
 
 
-def _up(node: object, seen: set[fx.Node] | None = None) -> tuple[Product, list[fx.Node]] | None:
-    """The product that a tensor is made of and the steps since, nearest to the product first."""
+def _up(node: object, reader: fx.Node, seen: set[fx.Node] | None = None) -> tuple[Product, list[fx.Node]] | None:
+    """The product that a tensor is made of and the steps until it is read, nearest to the product first."""
     seen = set() if seen is None else seen
-    if not isinstance(node, fx.Node) or node in seen or len(seen) > 64:
+    if not isinstance(node, fx.Node) or len(seen) > 64:
+        return None
+    node = _written(node, reader)
+    if node in seen:
         return None
     seen.add(node)
     product = product_of(node)
@@ -185,10 +195,23 @@ def _up(node: object, seen: set[fx.Node] | None = None) -> tuple[Product, list[f
         return None
     inputs = node.all_input_nodes if called(node) in _SCALES | _MASKS else node.all_input_nodes[:1]
     for given in inputs:
-        found = _up(given, seen)
+        found = _up(given, node, seen)
         if found is not None:
             return found[0], [*found[1], node]
     return None
+
+
+def _written(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The last step in place before a tensor is read: its result is the tensor."""
+    steps = [x for x in node.users if called(x) in _IN_PLACE and argument(x, 0, "input", "self") is node and x < reader]
+    return _written(max(steps), reader) if steps else node
+
+
+def _tensor(node: object) -> object:
+    """The tensor that steps in place wrote to."""
+    while isinstance(node, fx.Node) and called(node) in _IN_PLACE:
+        node = argument(node, 0, "input", "self")
+    return node
 
 
 def _tokens(product: Product) -> tuple[str, str]:
@@ -264,8 +287,11 @@ class _State:
     previous: fx.Node
     scale: float = 1.0
     weights: bool = False  # past the softmax
+    read: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # masks and factors, each with the step it is in
+    step: fx.Node | None = None
 
     def take(self, step: fx.Node) -> None:
+        self.step = step
         name, labels = name_of(step), self.reading.labels
         if not _is_floating(step) or (name in _STEPS - _CASTS and not _same_dtype(step, self.previous)):
             raise Unread(f"{name} of the scores as another type")
@@ -329,9 +355,12 @@ class _State:
     def _operands(self, step: fx.Node) -> tuple[bool, object]:
         """Whether the scores are the first operand, and what the other one is."""
         first, second = argument(step, 0, "input", "self"), argument(step, 1, "other")
-        if first is second or len(step.args) > 2:
+        if self._are_scores(first) == self._are_scores(second) or len(step.args) > 2:
             raise Unread(f"{name_of(step)} of the scores with themselves")
-        return first is self.previous, second if first is self.previous else first
+        return self._are_scores(first), second if self._are_scores(first) else first
+
+    def _are_scores(self, node: object) -> bool:
+        return _tensor(node) is _tensor(self.previous)
 
     def _by(self, number: float) -> None:
         self.scale *= number
@@ -355,13 +384,13 @@ class _State:
             return
         if name == "where":
             condition, yes, no = where_of(step)
-            kept = yes is self.previous
+            kept = self._are_scores(yes)
             fill = no if kept else yes
-            if not isinstance(condition, fx.Node) or (yes is self.previous) == (no is self.previous):
+            if not isinstance(condition, fx.Node) or kept == self._are_scores(no):
                 raise Unread("where over scores that is not understood", Reason.MASK)
             kind = "keep" if kept else "drop"
         else:
-            if argument(step, 0, "input", "self") is not self.previous:
+            if not self._are_scores(argument(step, 0, "input", "self")):
                 raise Unread("scores that fill something masked", Reason.MASK)
             condition, fill, kind = argument(step, 1, "mask"), argument(step, 2, "value"), "drop"
         number = number_of(fill)
@@ -376,6 +405,7 @@ class _State:
     def _aligned(self, mask: fx.Node) -> Dims:
         """What the dimensions of a mask or factor stand for; those of size one stand for nothing."""
         shape = shape_of(mask) or []
+        self.read.append((mask, self.step or self.previous))
         if len(shape) > len(self.dims):
             raise Unread("a mask of more dimensions than the scores", Reason.MASK)
         here = self.dims[len(self.dims) - len(shape) :]
@@ -480,21 +510,14 @@ def _alone(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in result.graph.nodes if node in inside]
 
 
-def _undisturbed(reading: Reading, start: fx.Node, end: fx.Node) -> None:
-    """From the first product to the result nothing is written to and gradients are not switched: all is read later.
-
-    Values are read by the last product, ``end``, before which they may be made.
+def _undisturbed(reading: Reading, start: fx.Node, read: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    """Nothing is written to an operand once it was ``read`` at a step, and gradients are not switched: the call that is
+    spelled reads all of them where the result is made.
     """
-    operands = (
-        reading.query.node,
-        reading.key.node,
-        *(mask.node for mask in reading.masks),
-        *(factor.node for _, factor in reading.factors),
-    )
-    check_undisturbed(operands, start, reading.result)
-    check_undisturbed([reading.value.node], end, reading.result)
+    for operand, step in read:
+        check_undisturbed([operand], step, reading.result)
     node = start
     while node is not reading.result:
-        if name_of(node) in ("_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"):
+        if called(node) in _SWITCHES:
             raise Unread("gradients are switched on or off between the products of the attention")
         node = node.next

@@ -12,11 +12,12 @@ from torch import fx
 from torch.fx.operator_schemas import normalize_function
 from torch.nn import functional as F
 
+from .boolean import boolean_mask
 from .builder import Builder
-from .canonical import Spelled
+from .canonical import Spelled, attend
 from .effects import is_live
 from .names import name_of
-from .reading import Unread
+from .reading import Mask, Unread
 from .report import Reason
 from .sizes import ONE, same, shape_of, value_of
 from .track import Scope, type_nodes
@@ -53,11 +54,8 @@ def spell_module(node: fx.Node, scope: Scope) -> Spelled:
     if normalized is None:
         raise Unread(f"the arguments of {name_of(node)} cannot be read")
     builder = Builder(scope.module.graph, node)
-    try:
+    with builder.attempt():
         spelled = spellings[name_of(node)](node, normalized.kwargs, builder)
-    except Unread:
-        builder.undo()
-        raise
     type_nodes(scope, builder.added)
     return spelled
 
@@ -95,20 +93,18 @@ def _functional(node: fx.Node, given: Arguments, builder: Builder) -> Spelled:
 
 def _native(node: fx.Node, given: Arguments, builder: Builder) -> Spelled:
     """The inference kernel of ``nn.MultiheadAttention``: tensors are [batch, tokens, channels]."""
-    if given.get("mask") is not None:
-        raise Unread("nn.MultiheadAttention's inference kernel with a mask", Reason.MASK)
     weights = _Weights(
         given["num_head"], given["qkv_weight"], (), given["qkv_bias"], given["proj_weight"], given["proj_bias"]
     )
     tensors = [given[name] for name in ("query", "key", "value")]
-    call, out = _attention(builder, tensors, weights, [], dropout=0.0, tokens_first=False, causal=False)
+    masks = _kernel_mask(builder, given)
+    call, out = _attention(builder, tensors, weights, masks, dropout=0.0, tokens_first=False, causal=False)
     return Spelled(call, *_first_result(node, builder, out))
 
 
 def _encoder_layer(node: fx.Node, given: Arguments, builder: Builder) -> Spelled:
     """The inference kernel of ``nn.TransformerEncoderLayer``."""
-    if given.get("mask") is not None:
-        raise Unread("nn.TransformerEncoderLayer's inference kernel with a mask", Reason.MASK)
+    masks = _kernel_mask(builder, given)
     weights = _Weights(
         given["num_heads"], given["qkv_weight"], (), given["qkv_bias"], given["proj_weight"], given["proj_bias"]
     )
@@ -122,15 +118,15 @@ def _encoder_layer(node: fx.Node, given: Arguments, builder: Builder) -> Spelled
         x = builder.call(F.gelu if given["use_gelu"] else F.relu, x)
         return builder.call(F.linear, x, given["ffn_weight_2"], given["ffn_bias_2"])
 
-    def attend(x: fx.Node) -> tuple[fx.Node, fx.Node]:
-        return _attention(builder, [x] * 3, weights, [], dropout=0.0, tokens_first=False, causal=False)
+    def attention(x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        return _attention(builder, [x] * 3, weights, masks, dropout=0.0, tokens_first=False, causal=False)
 
     if given["norm_first"]:
-        call, out = attend(norm(src, 1))
+        call, out = attention(norm(src, 1))
         x = builder.call(operator.add, src, out)
         x = builder.call(operator.add, x, feed_forward(norm(x, 2)))
     else:
-        call, out = attend(src)
+        call, out = attention(src)
         x = norm(builder.call(operator.add, src, out), 1)
         x = norm(builder.call(operator.add, x, feed_forward(x)), 2)
     return Spelled(call, node, x, builder.added, [node])
@@ -166,13 +162,7 @@ def _attention(
     mask = given[0] if given else None
     for other in given[1:]:
         mask = builder.call(aten.logical_and.default, mask, other)
-    call = builder.call(
-        F.scaled_dot_product_attention,
-        *heads,
-        attn_mask=mask,
-        dropout_p=float(dropout),
-        is_causal=causal and mask is None,
-    )
+    call = attend(builder, heads, mask, dropout_p=float(dropout), is_causal=causal and mask is None)
     back = builder.call(aten.permute.default, call, (2, 0, 1, 3) if tokens_first else (0, 2, 1, 3))
     return call, builder.call(
         F.linear, builder.call(aten.flatten.using_ints, back, 2, 3), weights.out, weights.out_bias
@@ -197,21 +187,31 @@ def _padding(builder: Builder, mask: fx.Node | None) -> fx.Node | None:
     """A ``key_padding_mask`` [batch, tokens], True where a key is padding."""
     if mask is None:
         return None
-    value = value_of(mask)
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() != 2:
-        raise Unread("a key_padding_mask that is not bool", Reason.MASK)
-    keep = builder.call(aten.logical_not.default, mask)
+    if len(shape_of(mask) or []) != 2:
+        raise Unread("a key_padding_mask without a batch", Reason.MASK)
+    keep = _keep(builder, mask)
     return builder.call(aten.unsqueeze.default, builder.call(aten.unsqueeze.default, keep, 1), 1)
+
+
+def _keep(builder: Builder, mask: fx.Node) -> fx.Node:
+    """True where the mask is False; or where it is zero, if it is one of numbers that are added to the scores."""
+    value = value_of(mask)
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return builder.call(aten.logical_not.default, mask)
+    return boolean_mask(builder, Mask("bias", mask, ()))
+
+
+def _kernel_mask(builder: Builder, given: Arguments) -> list[fx.Node | None]:
+    if given.get("mask") is not None and given.get("mask_type") != 1:
+        raise Unread("an inference kernel's mask that is no key_padding_mask", Reason.MASK)
+    return [_padding(builder, given.get("mask"))]
 
 
 def _scores_mask(builder: Builder, mask: fx.Node | None, heads: int) -> fx.Node | None:
     """An ``attn_mask`` [queries, keys] or [batch * heads, queries, keys], True where a pair is left out."""
     if mask is None:
         return None
-    value, shape = value_of(mask), shape_of(mask) or []
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise Unread("an attn_mask of nn.MultiheadAttention that is not bool", Reason.MASK)
-    keep = builder.call(aten.logical_not.default, mask)
+    keep, shape = _keep(builder, mask), shape_of(mask) or []
     if len(shape) == 2:
         return builder.call(aten.unsqueeze.default, builder.call(aten.unsqueeze.default, keep, 0), 0)
     if same(shape[0], ONE) and heads == 1:

@@ -27,6 +27,8 @@ def name_of(node: fx.Node) -> str:
         return _schema_name(target._qualified_op_name)
     if isinstance(target, str):
         name = target
+    elif target is getattr and isinstance(node.args[1], str):  # a property, such as mT
+        name = node.args[1]
     else:
         name = getattr(target, "__name__", str(target))
         library = getattr(target, "__module__", None)

@@ -129,7 +129,9 @@ def _carry_out(found: _Found, config: Policy, layers: Layers, key: SiteKey) -> S
     if found.call is None or found.decision.reason is not Reason.REWRITTEN:
         site = Site(reason=found.decision.reason, detail=found.decision.detail, **facts)
     else:
-        site = _apply(found, found.call, config, layers, key, facts)
+        call = attention_call(found.call.node)  # its arguments may be attentions that were replaced since
+        assert call is not None
+        site = _apply(found, call, config, layers, key, facts)
     if found.spelled is not None and not site.rewritten:
         found.spelled.undo()
     return site
