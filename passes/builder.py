@@ -81,5 +81,7 @@ class Builder:
     def number(self, size: Size) -> Number:
         found = self.find(size)
         if found is None:
-            raise Unread(f"the size {size} is not at hand in this subgraph; compile with dynamic=False", Reason.DYNAMIC_GRID)
+            raise Unread(
+                f"the size {size} is not at hand in this subgraph; compile with dynamic=False", Reason.DYNAMIC_GRID
+            )
         return self.call(torch.ops.aten.sym_size.int, *found) if isinstance(found, tuple) else found
