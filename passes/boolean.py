@@ -54,7 +54,7 @@ def _kept(builder: Builder, node: fx.Node, scale: float, until: fx.Node) -> fx.N
 
     ``until`` is where the node is read: what it was made of may have been overwritten before.
     """
-    writer = is_disturbed([node], node, until)
+    writer = is_disturbed([node], node, until, builder.writers)
     if writer and called(writer) == "masked_fill_" and argument(writer, 0, "input", "self") is node:
         return _kept(builder, writer, scale, until)
     if writer or not called(node):
@@ -67,9 +67,9 @@ def _kept(builder: Builder, node: fx.Node, scale: float, until: fx.Node) -> fx.N
         return None if inner is None else builder.call(node.target, inner, *node.args[1:], **node.kwargs)
     if name == "where":
         condition, yes, no = where_of(node)
-        if isinstance(condition, fx.Node) and _is_zero(yes, node) and _is_low(no, scale):
+        if isinstance(condition, fx.Node) and _is_zero(builder, yes, node) and _is_low(no, scale):
             return _still(builder, condition, node)
-        if isinstance(condition, fx.Node) and _is_zero(no, node) and _is_low(yes, scale):
+        if isinstance(condition, fx.Node) and _is_zero(builder, no, node) and _is_low(yes, scale):
             return builder.call(aten.logical_not.default, _still(builder, condition, node))
         return None
     if name in ("masked_fill", "masked_fill_"):
@@ -77,7 +77,7 @@ def _kept(builder: Builder, node: fx.Node, scale: float, until: fx.Node) -> fx.N
         if not isinstance(condition, fx.Node) or not _is_low(argument(node, 2, "value"), scale):
             return None
         before = None
-        if not _is_zero(first, node):
+        if not _is_zero(builder, first, node):
             before = _kept(builder, first, scale, node) if isinstance(first, fx.Node) else None
             if before is None:
                 return None
@@ -101,7 +101,7 @@ def _product(builder: Builder, node: fx.Node, name: str, scale: float) -> fx.Nod
 
 def _indicator(builder: Builder, node: fx.Node, scale: float, until: fx.Node) -> fx.Node | None:
     """``(1 - keep) * scale`` with a large negative scale, ``(keep - 1) * scale`` with a large positive one."""
-    if is_disturbed([node], node, until):
+    if is_disturbed([node], node, until, builder.writers):
         return None
     name = called(node)
     if name not in ("sub", "rsub"):  # drop * scale
@@ -124,7 +124,7 @@ def _was_bool(builder: Builder, node: fx.Node, until: fx.Node) -> fx.Node | None
     while _dtype(node) != torch.bool:
         given = argument(node, 0, "input", "self")
         cast = called(node) in _CASTS | {"int", "long"} and isinstance(given, fx.Node)
-        if not cast or is_disturbed([node], node, until):
+        if not cast or is_disturbed([node], node, until, builder.writers):
             return None
         assert isinstance(given, fx.Node)
         node, until = given, node
@@ -133,7 +133,7 @@ def _was_bool(builder: Builder, node: fx.Node, until: fx.Node) -> fx.Node | None
 
 def _still(builder: Builder, node: fx.Node, since: fx.Node) -> fx.Node:
     """A bool tensor that the graph has read at ``since``, to be read again where nodes are inserted."""
-    check_undisturbed([node], since, builder.at)
+    check_undisturbed([node], since, builder.at, builder.writers)
     return as_bool(builder, node)
 
 
@@ -145,10 +145,10 @@ def _floating(node: fx.Node) -> bool:
     return _dtype(node) in FLOATS
 
 
-def _is_zero(value: object, until: fx.Node) -> bool:
+def _is_zero(builder: Builder, value: object, until: fx.Node) -> bool:
     if not isinstance(value, fx.Node) or not called(value):
         return number_of(value) == 0
-    if is_disturbed([value], value, until):
+    if is_disturbed([value], value, until, builder.writers):
         return False
     if called(value) in ("full", "full_like", "new_full"):
         fill = argument(value, 2 if called(value) == "new_full" else 1, "fill_value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,11 +21,15 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 class Builder:
-    """Inserts nodes before ``at``, each with the example value that later passes and exporters expect."""
+    """Inserts nodes before ``at``, each with the example value that later passes and exporters expect.
 
-    def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
+    ``writers`` are the nodes of the graph that write to a tensor; none is ever inserted.
+    """
+
+    def __init__(self, graph: fx.Graph, at: fx.Node, writers: Sequence[fx.Node]) -> None:
         self.graph = graph
         self.at = at
+        self.writers = writers
         self.added: list[fx.Node] = []
         self.key = "example_value" if "example_value" in at.meta else "val"
         # The mode that made the example values; during compilation another one is current.

@@ -57,7 +57,7 @@ class Spelled:
 
 def spell(reading: Reading, scope: Scope) -> Spelled:
     """Insert the call. Raises :class:`Unread`, with the graph as it was, where the operator has no such attention."""
-    builder = Builder(scope.module.graph, reading.result)
+    builder = Builder(scope.module.graph, reading.result, scope.writers)
     with builder.attempt():
         return _spell(reading, scope, builder)
 
@@ -108,7 +108,7 @@ def attend(builder: Builder, tensors: list[fx.Node], mask: fx.Node | None, **opt
 
 def _laid_out(builder: Builder, node: fx.Node, original: fx.Node) -> fx.Node:
     """The result with the strides of the original, which the graph may see through other views."""
-    like, written = value_of(original), is_disturbed([original], original, original.graph.output_node())
+    like, written = value_of(original), is_disturbed([original], original, builder.graph.output_node(), builder.writers)
     assert isinstance(like, torch.Tensor)
     value = value_of(node)
     assert isinstance(value, torch.Tensor)

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
+from .effects import is_disturbed
 from .errors import GridError
+from .evidence import evidence_of
+from .layout import (
+    NOTHING,
+    Layout,
+    Transposed,
+    Written,
+    around,
+    in_packed,
+    in_place,
+    inside,
+    packed_factor,
+    rasters,
+    too_short,
+)
+from .masks import token_mask
 from .names import name_of
-from .recognise import AttentionCall, module_path
+from .recognise import AttentionCall
 from .report import Reason
-from .sizes import ONE, Size, add, memory_of, multiply, same, shape_of, size_of, value_of
+from .sizes import Size, add, multiply, same, shape_of, size_of, value_of
 from .tokens import (
+    ROLES,
     Axes,
     Axis,
+    Factor,
     Origin,
-    Raster,
     Segment,
     axis_size,
     claims,
@@ -28,16 +44,6 @@ from .tokens import (
     unknowns,
 )
 from .track import Scope, Tracking
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the video tokens lie in the sequence, and how that is known."""
-
-    grid: tuple[Size, Size, Size]
-    prefix: Size
-    suffix: Size
-    evidence: str
 
 
 @dataclass(frozen=True)
@@ -64,45 +70,126 @@ def decide(call: AttentionCall, scope: Scope, tracking: Tracking, grid: tuple[in
     decision = _find_video(query, key, tracking, grid)
     if decision.layout is None:
         return decision
-    return _obstacle(call, query, key, value) or decision
+    if missing := inside(query[2], key[2]):
+        decision = _among_more_keys(decision.layout, missing, axis_size(key[2]))
+        if decision.layout is None:
+            return decision
+        query = (*query[:2], key[2], query[3])
+    obstacle = _obstacle(call, scope, query, key, value)
+    if obstacle is None and decision.layout is not None and decision.layout.order is not None:
+        obstacle = _not_gathered(decision.layout.order, query[2], call.node, scope)
+    return obstacle or decision
+
+
+def _among_more_keys(layout: Layout, missing: tuple[Size, Size], keys: Size) -> Decision:
+    """The video among keys that are more than the queries: the others become queries whose results are not used."""
+    more = add(list(missing))
+    if 4 * more.hint > keys.hint:
+        return Decision(
+            Reason.LAYOUT, f"{more} of {keys} keys are no queries, more than a quarter, such as those of a cache"
+        )
+    prefix, suffix = add([layout.prefix, missing[0]]), add([layout.suffix, missing[1]])
+    if isinstance(layout.order, Written):  # gathered to the beginning
+        prefix, suffix = layout.prefix, add([layout.suffix, more])
+    return Decision(Reason.REWRITTEN, layout=replace(layout, prefix=prefix, suffix=suffix, missing=missing))
+
+
+def _not_gathered(order: Written | Transposed, tokens: Axis, node: fx.Node, scope: Scope) -> Decision | None:
+    """What forbids to bring the video tokens into order."""
+    if not axis_size(tokens).static:
+        return Decision(
+            Reason.DYNAMIC_GRID, "video tokens that are not in raster order have a symbolic size; use dynamic=False"
+        )
+    if isinstance(order, Transposed):
+        return None
+    if order.index.graph is not node.graph:
+        return Decision(
+            Reason.LAYOUT, f"where the video tokens stand ({order.index.name}) is not at hand in this subgraph"
+        )
+    if is_disturbed([order.index], order.index, node, scope.writers):
+        return Decision(Reason.LAYOUT, f"where the video tokens stand ({order.index.name}) may have been overwritten")
+    return None
 
 
 def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int, int] | None) -> Decision:
     tokens = query[2]
-    rasters = [
-        (index, raster)
-        for index, segment in enumerate(tokens)
-        if (raster := raster_of(segment)) and segment[0].origin is not Origin.TABLE
-    ]
-    if rasters:
-        main = _main_grid(rasters)
-        if main is None:
-            return Decision(Reason.SEVERAL_GRIDS, f"the sequence holds {len(rasters)} video grids: {describe(tokens)}")
-        index, raster = main
-        evidence = _evidence(tracking, raster.source)
-        if grid is not None:
+    given = None if grid is None else _sizes(grid)
+    readings = _readings(tokens, key[2])
+    if readings:
+        if given is not None and len(tokens) == 1 and same(axis_size(tokens), multiply(list(given))):
+            return Decision(Reason.REWRITTEN, layout=Layout(given, NOTHING, NOTHING, "grid= given, for two readings"))
+        told = " and ".join(dict.fromkeys(describe(axis) for axis in readings))
+        return Decision(Reason.AMBIGUOUS_GRID, f"readings of the same tokens disagree: {told}; pass grid=")
+    video = in_place(tokens) or in_packed(tokens, given)
+    if video is not None:
+        evidence = evidence_of(tracking, video.raster.source)
+        sizes = video.raster.sizes
+        if grid is not None and given is not None:
             if not axis_size(tokens).static:
                 return _dynamic(tokens)
-            _check_given(grid, multiply(list(raster.sizes)), evidence)
-        layout = _layout(tokens, index, raster.sizes if grid is None else _sizes(grid), evidence)
-        if grid is not None:
-            layout = replace(layout, evidence=f"grid= given, at {evidence}")
-        return Decision(Reason.REWRITTEN, layout=layout)
+            _check_given(grid, multiply(list(sizes)), evidence)
+            if isinstance(video.order, Transposed) and given != sizes:
+                return _not_a_raster(tokens)
+            evidence, sizes = f"grid= given, at {evidence}", given
+        return Decision(Reason.REWRITTEN, layout=Layout(sizes, video.before, video.after, evidence, video.order))
+    if rasters(tokens):
+        return Decision(
+            Reason.SEVERAL_GRIDS, f"the sequence holds {len(rasters(tokens))} video grids: {describe(tokens)}"
+        )
+    if packed_factor(tokens) is not None and claims(tokens):
+        detail = f"video tokens are written by index into a sequence of which this is {describe(tokens)}"
+        if too_short(tokens):
+            return Decision(Reason.NOT_VIDEO, f"{detail}, too short to hold them")
+        return Decision(Reason.NOT_RASTER, f"{detail}: not proven to hold one video")
+    images = _images(tokens, tracking)
+    if images is not None:
+        evidence = evidence_of(tracking, tokens[images][1].source)
+        if given is not None and all(map(same, given, (factor.size for factor in tokens[images]))):
+            layout = Layout(given, *around(tokens, images), f"grid= given, at {evidence}")
+            return Decision(Reason.REWRITTEN, layout=layout)
+        if given is None:
+            return Decision(
+                Reason.NO_GRID,
+                f"tokens are {describe(tokens)} of {evidence}, which may be frames of a video or views; pass grid=",
+            )
     if claims(tokens) and claims(key[2]):
         return _not_a_raster(tokens)
     if not claims(tokens) and (claims(query[0]) or claims(query[1]) or _folded_beside(tokens, query[0])):
         return Decision(
             Reason.FACTORISED, "frames, rows or columns are folded into the batch: each sequence is a part of the video"
         )
-    if claims(tokens) or claims(key[2]) or not same(axis_size(tokens), axis_size(key[2])):
+    if (
+        claims(tokens)
+        or claims(key[2])
+        or not (same(axis_size(tokens), axis_size(key[2])) or (given and inside(tokens, key[2])))
+    ):
         return _other_tokens(tokens, key[2], "keys")
-    if grid is not None:
-        place = _segment_of_size(tokens, multiply(list(_sizes(grid))))
+    if given is not None:
+        place = _segment_of_size(tokens, multiply(list(given)))
         if place is not None and not axis_size(tokens).static:
             return _dynamic(tokens)
         if place is not None:
-            return Decision(Reason.REWRITTEN, layout=_layout(tokens, place, _sizes(grid), "grid= given"))
+            return Decision(Reason.REWRITTEN, layout=Layout(given, *around(tokens, place), "grid= given"))
     return _no_grid(tokens, tracking, grid)
+
+
+def _readings(tokens: Axis, keys: Axis) -> tuple[Axis, ...]:
+    """Grids that contradict each other: of the queries, or of queries and keys that are the same tokens."""
+    found = next((f.readings for f in (*factors(tokens), *factors(keys)) if f.readings), ())
+    grids = [raster_of(axis[0]) if len(axis) == 1 else None for axis in (tokens, keys)]
+    if found or None in grids or grids[0] == grids[1]:
+        return found
+    return (tokens, keys) if len({grid.source for grid in grids if grid}) == 1 else ()
+
+
+def _images(tokens: Axis, tracking: Tracking) -> int | None:
+    """The segment that is rows and columns of images, and an input's axis before them: frames, or views of one frame."""
+    for place, segment in enumerate(tokens):
+        if [f.role for f in segment] == [None, *ROLES[1:]] and segment[1].source == segment[2].source:
+            node = tracking.grids.get(segment[1].source)
+            if node is not None and name_of(node) == "conv2d" and segment[0].origin is Origin.INPUT:
+                return place
+    return None
 
 
 def _folded_beside(tokens: Axis, batch: Axis) -> bool:
@@ -114,18 +201,12 @@ def _folded_beside(tokens: Axis, batch: Axis) -> bool:
     return any(tensors(batch).count(name) > 1 for name in tensors(tokens))
 
 
-def _main_grid(rasters: list[tuple[int, Raster]]) -> tuple[int, Raster] | None:
-    """The largest grid, where the others together are no larger: history or reference frames are conditions then."""
-    sizes = [multiply(list(raster.sizes)).hint for _, raster in rasters]
-    largest = max(sizes)
-    return rasters[sizes.index(largest)] if sum(sizes) <= 2 * largest and sizes.count(largest) == 1 else None
-
-
 def _not_a_raster(tokens: Axis) -> Decision:
     roles = {f.role for f in factors(tokens) if f.role}
     if any(f.part is not None for f in factors(tokens)):
         return Decision(Reason.NOT_RASTER, f"the sequence holds only a cut of the video: {describe(tokens)}")
-    if roles < {"frame", "row", "column"} and not any(len(segment) > 2 for segment in tokens):
+    others = [f for f in factors(tokens) if f.role is None]
+    if roles < {"frame", "row", "column"} and all(f.origin is Origin.INPUT for f in others):
         return Decision(Reason.FACTORISED, f"the sequence holds only part of the axes of the video: {describe(tokens)}")
     return Decision(
         Reason.NOT_RASTER, f"video tokens are not in raster order (frame, row, column) but {describe(tokens)}"
@@ -134,7 +215,8 @@ def _not_a_raster(tokens: Axis) -> Decision:
 
 def _no_grid(tokens: Axis, tracking: Tracking, grid: tuple[int, int, int] | None) -> Decision:
     known = [f for f in factors(tokens) if f.origin is Origin.INPUT]
-    if tracking.grids and known and len(known) == len(list(factors(tokens))):
+    # An input of a graph after a graph break may be anything.
+    if tracking.grids and not tracking.given.told and known and len(known) == len(list(factors(tokens))):
         return Decision(Reason.NOT_VIDEO, f"tokens are {describe(tokens)}, none from a video patch embedding")
     given = f" and grid={grid} has {grid[0] * grid[1] * grid[2]} tokens" if grid else ""
     remedy = "pass the grid of this input" if grid else "pass grid=(frames, rows, columns)"
@@ -160,7 +242,7 @@ def _check_given(grid: tuple[int, int, int], found: Size, evidence: str) -> None
         )
 
 
-def _obstacle(call: AttentionCall, query: Axes, key: Axes, value: Axes) -> Decision | None:
+def _obstacle(call: AttentionCall, scope: Scope, query: Axes, key: Axes, value: Axes) -> Decision | None:
     """What forbids the rewrite although the queries are video tokens."""
     if not _aligned(key[2], query[2]):
         return _other_tokens(query[2], key[2], "keys")
@@ -168,24 +250,32 @@ def _obstacle(call: AttentionCall, query: Axes, key: Axes, value: Axes) -> Decis
         return _other_tokens(query[2], value[2], "values")
     if unequal := _unequal(call):
         return Decision(Reason.LAYOUT, unequal)
+    if not (_same_samples(query[0], key[0]) and _same_samples(query[0], value[0])):
+        samples = ", ".join(f"{name} of {describe(axes[0])}" for name, axes in (("keys", key), ("values", value)))
+        return Decision(
+            Reason.CROSS_ATTENTION, f"queries are of samples {describe(query[0])}, {samples}: not proven to be the same"
+        )
     if call.causal:
         return Decision(Reason.CAUSAL, "is_causal=True: each token sees only those before it")
     if call.dropout > 0:
         return Decision(
             Reason.DROPOUT, f"attention dropout of {call.dropout} is in use; set it to 0 or call model.eval()"
         )
-    if call.mask is not None and key_mask_dims(call.mask) is None:
+    if call.mask is not None and token_mask(call.mask, call.node, scope.writers) is None:
         shape, dtype = _shape_text(call.mask), getattr(value_of(call.mask), "dtype", "unknown")
-        return Decision(Reason.MASK, f"mask {shape} {dtype} is not a bool mask over keys alone, [batch, 1, 1, tokens]")
+        return Decision(
+            Reason.MASK, f"mask {shape} {dtype} is not proven to be a bool mask over keys, the same for all heads"
+        )
     return None
 
 
 def _other_tokens(tokens: Axis, others: Axis, name: str) -> Decision:
     """Cross-attention, or a self-attention one side of which was lost sight of: told apart, for that one is a loss."""
     detail = f"queries are {describe(tokens)}, {name} are {describe(others)}"
-    if same(axis_size(tokens), axis_size(others)):
-        if is_mixed(tokens) or is_mixed(others):
-            return Decision(Reason.NOT_RASTER, detail)
+    alike = same(axis_size(tokens), axis_size(others))
+    if (is_mixed(tokens) or is_mixed(others)) and (alike or (claims(tokens) and claims(others))):
+        return Decision(Reason.NOT_RASTER, detail)
+    if alike:
         lost = any(f.role is None and f.origin is Origin.OPERATOR for axis in (tokens, others) for f in factors(axis))
         if lost or name == "values":
             return Decision(Reason.NO_GRID, f"{detail}: not proven to be the same tokens")
@@ -194,7 +284,7 @@ def _other_tokens(tokens: Axis, others: Axis, name: str) -> Decision:
 
 def _aligned(tokens: Axis, video: Axis) -> bool:
     """True for the same sequence. Conditions beside a proven grid are seen by all, so that only their sizes matter."""
-    if tokens == video:
+    if tokens == video or _have_a_reading_in_common(tokens, video):
         return True
     return (
         len(tokens) == len(video)
@@ -206,6 +296,34 @@ def _aligned(tokens: Axis, video: Axis) -> bool:
         )
         and any(raster_of(segment) for segment in video)
     )
+
+
+def _have_a_reading_in_common(a: Axis, b: Axis) -> bool:
+    """True for the same tokens where one of them, or both, have two readings: the grid is the user's then."""
+
+    def readings(axis: Axis) -> tuple[Axis, ...]:
+        return next((f.readings for f in factors(axis) if len(axis) == 1 and f.readings), ())
+
+    found = readings(a), readings(b)
+    if not any(found):
+        return False
+    return any(x == y for x in found[0] or (a,) for y in found[1] or (b,))
+
+
+def _same_samples(a: Axis, b: Axis) -> bool:
+    """True for batches of the same samples in the same order; those of two inputs of the model belong together.
+
+    Heads may be among them, from another projection for each of query, key and value.
+    """
+
+    def samples(axis: Axis) -> list[Factor]:
+        return [f for f in factors(axis) if f.origin > Origin.CHANNELS or len(axis[0]) == 1 == len(axis)]
+
+    if a == b or samples(a) == samples(b):
+        return True
+    if all(f.origin is Origin.CHANNELS for f in (*factors(a), *factors(b))):
+        return True
+    return all(f.origin is Origin.INPUT and f.part is None for f in (*samples(a), *samples(b)))
 
 
 def _same_tokens(x: Segment, video: Segment) -> bool:
@@ -233,35 +351,8 @@ def _unequal(call: AttentionCall) -> str | None:
     return None
 
 
-def key_mask_dims(mask: fx.Node) -> int | None:
-    """Rank of the mask where it is bool and the same for every head and query, None otherwise."""
-    value = value_of(mask)
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() not in (2, 4):
-        return None
-    sizes, strides = shape_of(mask) or [], value.stride()
-    expanded = [type(stride) is int and stride == 0 and not _given_expanded(mask) for stride in strides]
-    shared = [same(size, ONE) or expanded[dim] for dim, size in enumerate(sizes)]
-    return value.dim() if all(shared[-3:-1]) else None
-
-
-def _given_expanded(mask: fx.Node) -> bool:
-    """True where the mask is a graph input, or a view of one: an exported program may get other strides at its run."""
-    memory = memory_of(value_of(mask))
-    return memory is None or any(
-        isinstance(given := value_of(node), torch.Tensor) and memory_of(given) == memory and 0 in given.stride()
-        for node in mask.graph.nodes
-        if node.op == "placeholder"
-    )
-
-
 def _shape_text(node: fx.Node) -> str:
     return "[" + ", ".join(str(size) for size in shape_of(node) or []) + "]"
-
-
-def _layout(tokens: Axis, index: int, grid: tuple[Size, Size, Size], evidence: str) -> Layout:
-    before = add([segment_size(segment) for segment in tokens[:index]])
-    after = add([segment_size(segment) for segment in tokens[index + 1 :]])
-    return Layout(grid, before, after, evidence)
 
 
 def _segment_of_size(tokens: Axis, size: Size) -> int | None:
@@ -271,10 +362,3 @@ def _segment_of_size(tokens: Axis, size: Size) -> int | None:
 
 def _sizes(grid: tuple[int, int, int]) -> tuple[Size, Size, Size]:
     return (size_of(grid[0]), size_of(grid[1]), size_of(grid[2]))
-
-
-def _evidence(tracking: Tracking, source: str) -> str:
-    node = tracking.grids.get(source)
-    if node is None:
-        return source
-    return f"{name_of(node)} {module_path(node) or node.name}"

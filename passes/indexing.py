@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from .op import Op
-from .sizes import Size, add, size_of, value_of
-from .tokens import UNIT, Axes, Axis, axis_size, cut, mixed
+from .sizes import Lengths, Size, add, learn_length, replaced, size_of, subtract, value_of
+from .tokens import UNIT, Axes, Axis, axis_size, cut, join, mixed, written
 
 SLICES = ("getitem", "slice", "narrow", "select")
 IndexMap = list[tuple[int | None, builtins.slice | None]]
@@ -67,13 +67,18 @@ def sliced(op: Op) -> Axes:
 
 def _mapped(op: Op, mapping: IndexMap) -> Axes:
     """The result's axes, each taken from where the map says."""
-    axes, sizes = op.tokens(), op.sizes
+    axes = op.tokens()
+    for dim, (source, item) in enumerate(mapping):
+        length = None if source is None or item is None else _length(axes[source], item, op.lengths)
+        if length is not None:  # one counted from the end, such as of x[:, -n:], is n unless n is zero
+            learn_length(op.sizes[dim], length, op.lengths)
+    sizes = op.sizes
     return tuple(
         UNIT
         if source is None
         else axes[source]
         if item is None
-        else slice_axis(axes[source], item, sizes[dim], f"{op.label}[{dim}]")
+        else slice_axis(axes[source], item, sizes[dim], f"{op.label}[{dim}]", op.lengths)
         for dim, (source, item) in enumerate(mapping)
     )
 
@@ -96,6 +101,37 @@ def indexed(op: Op) -> Axes:
     return tuple(mixed(axes, size, f"{op.label}[{dim}]") for dim, size in enumerate(op.sizes))
 
 
+def index_write(op: Op) -> Axes | None:
+    """The tensor's axes after a write at the positions that one tensor of integers holds; None for other writes.
+
+    ``index_copy(x, dim, index, source)``, ``index_put(x, [None, index], values)`` and ``x[:, index] = values``.
+    """
+    axes = op.tokens()
+    if op.name.startswith("index_copy"):
+        dim, index, given = op.arg(1, "dim"), op.arg(2, "index"), op.arg(3, "source")
+        place = dim % len(axes) if isinstance(dim, int) and axes else None
+    else:
+        items, given = op.arg(1, "indices"), op.arg(2, "values")
+        items = list(items) if isinstance(items, (tuple, list)) else [items]
+        whole = (None,) if op.name != "setitem" else (builtins.slice(None),)
+        picking = [dim for dim, item in enumerate(items) if item not in whole]
+        place = picking[0] if len(picking) == 1 else None
+        index = items[picking[0]] if picking else None
+        if op.arg(3, "accumulate", default=False) is not False:
+            return None
+    tokens = op.axes_of(given) if isinstance(given, fx.Node) else None
+    picked = value_of(index) if isinstance(index, fx.Node) else None
+    if place is None or tokens is None or len(tokens) != len(axes) or not isinstance(picked, torch.Tensor):
+        return None
+    if picked.dim() != 1 or picked.dtype not in (torch.int64, torch.int32):
+        return None
+    assert isinstance(index, fx.Node)
+    return tuple(
+        written(axis, tokens[dim], index, op.label) if dim == place else join(axis, tokens[dim], f"{op.label}[{dim}]")
+        for dim, axis in enumerate(axes)
+    )
+
+
 def _picks_one_axis(item: object) -> bool:
     value = value_of(item) if isinstance(item, fx.Node) else item
     if isinstance(value, torch.Tensor):
@@ -103,9 +139,9 @@ def _picks_one_axis(item: object) -> bool:
     return isinstance(value, list) and not any(isinstance(entry, (list, tuple)) for entry in value)
 
 
-def slice_axis(axis: Axis, item: builtins.slice, length: Size, source: str) -> Axis:
+def slice_axis(axis: Axis, item: builtins.slice, length: Size, source: str, lengths: Lengths | None = None) -> Axis:
     """``length`` positions of an axis, picked by a slice whose bounds are numbers or nodes that hold one."""
-    start = number(item.start)
+    start = number(item.start, lengths)
     if item.step not in (None, 1) or start is None:
         return mixed((axis,), length, source)
     if is_negative(start):
@@ -113,14 +149,27 @@ def slice_axis(axis: Axis, item: builtins.slice, length: Size, source: str) -> A
     return cut(axis, start, length, source)
 
 
+def _length(axis: Axis, item: builtins.slice, lengths: Lengths) -> Size | None:
+    """How many positions a slice takes, where its bounds are inside."""
+    whole = axis_size(axis)
+    ends = [number(item.start, lengths), whole if item.stop is None else number(item.stop, lengths)]
+    if item.step not in (None, 1):
+        return None
+    first, last = (None if end is None else add([whole, end]) if is_negative(end) else end for end in ends)
+    return None if first is None or last is None else subtract(last, first)
+
+
 def is_negative(start: Size) -> bool:
     """True for a start that is counted from the end; of a size that depends on data only its sign is known."""
     return start.hint < 0 or (isinstance(start.expr, sympy.Expr) and start.expr.could_extract_minus_sign())
 
 
-def number(value: object) -> Size | None:
+def number(value: object, lengths: Lengths | None = None) -> Size | None:
+    """A bound of a slice: 0 where there is none."""
     if isinstance(value, fx.Node):
         value = value_of(value)
     if value is None:
         return Size(0, 0)
-    return size_of(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        return None
+    return replaced(size_of(value), lengths or {})

@@ -53,7 +53,7 @@ def spell_module(node: fx.Node, scope: Scope) -> Spelled:
     )
     if normalized is None:
         raise Unread(f"the arguments of {name_of(node)} cannot be read")
-    builder = Builder(scope.module.graph, node)
+    builder = Builder(scope.module.graph, node, scope.writers)
     with builder.attempt():
         spelled = spellings[name_of(node)](node, normalized.kwargs, builder)
     type_nodes(scope, builder.added)

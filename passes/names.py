@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import fx
 
-_OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "and_": "bitwise_and", "or_": "bitwise_or", "inv": "neg"}
+_OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "and_": "bitwise_and", "or_": "bitwise_or", "inv": "neg",
+              "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}  # fmt: skip
 _IN_PLACE = {
     "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "ifloordiv": "floor_divide_", "ipow": "pow_",
     "iand": "bitwise_and_", "ior": "bitwise_or_", "ixor": "bitwise_xor_",
@@ -34,6 +35,11 @@ def name_of(node: fx.Node) -> str:
         library = getattr(target, "__module__", None)
         if library is not None and library.split(".")[0] not in _TRUSTED:
             return f"{library}::{name}"
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
+    """``__and__`` and ``and_`` are ``bitwise_and``."""
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
     return _OPERATORS.get(name) or _IN_PLACE.get(name, name)
@@ -41,7 +47,7 @@ def name_of(node: fx.Node) -> str:
 
 def _schema_name(qualified: str) -> str:
     library, _, name = qualified.partition("::")
-    return name if library in ("aten", "prims") else qualified
+    return _plain(name) if library in ("aten", "prims") else qualified
 
 
 @lru_cache(maxsize=4096)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
-from .sizes import Size, shape_of
+from .sizes import Lengths, Size, replaced, shape_of
 from .tokens import Axes, unknowns
 
 Result = Axes | list[Axes]
@@ -21,6 +21,7 @@ class Op:
     name: str
     axes_of: Callable[[fx.Node], Axes | None]
     scope: str = ""
+    lengths: Lengths = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -51,7 +52,7 @@ class Op:
 
     @property
     def sizes(self) -> list[Size]:
-        return shape_of(self.node) or []
+        return [replaced(size, self.lengths) for size in shape_of(self.node) or []]
 
     def unknown(self) -> Axes:
         return unknowns(self.sizes, self.label)

@@ -57,6 +57,19 @@ def product_of(node: fx.Node) -> Product | None:
     return None
 
 
+def permutation_of(node: fx.Node) -> list[int] | None:
+    """Where each dimension of an einsum of one tensor comes from; None where it is none, or sums."""
+    operands, equation = node.args[1:], node.args[0] if node.args else None
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if name_of(node) != "einsum" or not isinstance(equation, str) or len(operands) != 1:
+        return None
+    given, arrow, made = equation.replace(" ", "").partition("->")
+    if not arrow or not given.isalpha() or sorted(given) != sorted(made) or len(set(given)) < len(given):
+        return None
+    return [given.index(letter) for letter in made]
+
+
 def _tensor(node: fx.Node, index: int, *names: str) -> fx.Node | None:
     found = node.args[index] if index < len(node.args) else None
     for name in names:

@@ -9,30 +9,47 @@ import torch
 from torch import fx
 
 from .builder import Builder, Number
-from .decide import Layout, key_mask_dims
+from .gather import gather
+from .layout import Layout
+from .masks import erase_unused, over_keys, over_queries, token_mask
 from .recognise import AttentionCall
 from .sizes import shape_of, value_of
 
+aten = torch.ops.aten
 SELECT = torch.ops.vmoba.select.default
 ATTENTION = torch.ops.vmoba.attention.default
 
 
 def numbers(builder: Builder, layout: Layout) -> list[Number] | None:
     """Grid, prefix and suffix as graph arguments, None where a symbolic size cannot be had at this place."""
-    sizes = (*layout.grid, layout.prefix, layout.suffix)
+    sizes = (*layout.grid, layout.prefix, layout.suffix, *layout.missing)
     if any(builder.find(size) is None for size in sizes):
         return None
-    return [builder.number(size) for size in sizes]
+    return [builder.number(size) for size in sizes[:5]]
 
 
 def replace_attention(
-    call: AttentionCall, builder: Builder, sizes: list[Number], block: list[Number], selection: dict[str, Any]
+    call: AttentionCall,
+    builder: Builder,
+    layout: Layout,
+    sizes: list[Number],
+    block: list[Number],
+    selection: dict[str, Any],
 ) -> fx.Node:
     """Replace ``call`` by select and attend; ``selection`` holds pool, mode, threshold, topk and tile."""
     out = value_of(call.node)
     assert isinstance(out, torch.Tensor)
     query, key, value = (_cast(builder, node, out.dtype) for node in (call.query, call.key, call.value))
-    mask = _key_mask(builder, call)
+    mask, seeing = _masks(builder, call)
+    before, after = layout.missing
+    more = bool(before.hint or after.hint)
+    if more:
+        query = builder.call(aten.constant_pad_nd.default, query, [0, 0, before.hint, after.hint])
+    gathered = None if layout.order is None else gather(builder, layout, key)
+    if gathered is not None:
+        query, key, value = (builder.call(aten.index_select.default, x, 2, gathered.order) for x in (query, key, value))
+        if call.mask is not None:
+            mask = builder.call(aten.index_select.default, mask, 1, gathered.order)
     *grid, prefix, suffix = sizes
     places = (*grid, *block, prefix, suffix)
     head_dim = (shape_of(call.query) or [])[-1]  # a number: nothing else is rewritten
@@ -44,9 +61,18 @@ def replace_attention(
     bound |= {"tile": selection["tile"], "pool": selection["pool"]}
     both = builder.call(ATTENTION, query, key, value, selected, mask, *places, scale=scale, **bound)
     result = builder.call(operator.getitem, both, 0)
+    if gathered is not None:
+        result = builder.call(aten.index_select.default, result, 2, gathered.back)
+    if more:
+        result = builder.call(aten.slice.Tensor, result, 2, before.hint, before.hint + out.shape[2])
+        result = builder.call(aten.contiguous.default, result)
+    if seeing is not None:
+        result = _blanked(builder, result, seeing)
     call.node.replace_all_uses_with(result)
     name = call.node.name
     builder.graph.erase_node(call.node)
+    if call.mask is not None:
+        erase_unused(call.mask)  # one over pairs is large
     result.name = name  # the signature of an exported program names its outputs
     return result
 
@@ -55,18 +81,27 @@ def _cast(builder: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Under autocast the dense attention runs in another dtype than its inputs have; so does the sparse one."""
     value = value_of(node)
     assert isinstance(value, torch.Tensor)
-    return node if value.dtype == dtype else builder.call(torch.ops.aten.to.dtype, node, dtype)
+    return node if value.dtype == dtype else builder.call(aten.to.dtype, node, dtype)
 
 
-def _key_mask(builder: Builder, call: AttentionCall) -> fx.Node:
-    if call.mask is None:
-        return builder.call(torch.ops.aten.new_empty.default, call.query, [0], dtype=torch.bool)
-    mask = call.mask
-    if key_mask_dims(mask) == 4:  # [B, 1, 1, S]
-        mask = builder.call(torch.ops.aten.select.int, mask, 1, 0)
-        mask = builder.call(torch.ops.aten.select.int, mask, 1, 0)
-    else:  # [1, S]
-        mask = builder.call(torch.ops.aten.slice.Tensor, mask, 0, 0, 1)
-    sizes = shape_of(call.query) or []
-    batch, tokens = builder.number(sizes[0]), builder.number(sizes[2])
-    return builder.call(torch.ops.aten.expand.default, mask, [batch, tokens])
+def _masks(builder: Builder, call: AttentionCall) -> tuple[fx.Node, fx.Node | None]:
+    """Which keys are seen, [batch, tokens] or empty for all; which queries see anything, None for all."""
+    batch, _, tokens, _ = shape_of(call.query) or []
+    found = None if call.mask is None else token_mask(call.mask, call.node, builder.writers)
+    keys = None
+    if found is not None and found.keys:
+        keys = over_keys(builder, found, builder.number(batch), builder.number((shape_of(call.key) or [])[2]))
+    if keys is None:
+        keys = builder.call(aten.new_empty.default, call.query, [0], dtype=torch.bool)
+    seeing = None
+    if found is not None and found.queries:
+        seeing = over_queries(builder, found, builder.number(batch), builder.number(tokens))
+    return keys, seeing
+
+
+def _blanked(builder: Builder, result: fx.Node, seeing: fx.Node) -> fx.Node:
+    """The result with zeros, which the dense operator gives, for queries that see nothing."""
+    for dim in (1, 3):
+        seeing = builder.call(aten.unsqueeze.default, seeing, dim)
+    blind = builder.call(aten.logical_not.default, seeing)
+    return builder.call(aten.masked_fill.Scalar, result, blind, 0.0)

@@ -22,6 +22,7 @@ class Reason(str, Enum):
     TOO_FEW_TOKENS = "too_few_tokens"
     FACTORISED = "factorised"
     NO_GRID = "no_grid"
+    AMBIGUOUS_GRID = "ambiguous_grid"
     NOT_RASTER = "not_raster"
     SEVERAL_GRIDS = "several_grids"
     CAUSAL = "causal"

@@ -14,7 +14,9 @@ from .builder import Builder
 from .calls import SDPA, read_call
 from .canonical import Spelled, spell
 from .decide import Decision, decide
+from .evidence import Evidence, Handed, given, hand_over
 from .handwritten import read
+from .masks import masks_queries
 from .modules import spell_module
 from .reading import Unread
 from .recognise import MODULES, AttentionCall, attention_call, module_path, source_line, spelling
@@ -65,8 +67,24 @@ def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, l
     Raises:
         GridError: ``grid`` contradicts the token count that the graph proves.
     """
-    layers = Layers() if layers is None else layers
-    tracking = track(gm, lambda node: spelling(node) is not None)
+    return rewrite_one(gm, config, grid, Layers() if layers is None else layers)[0]
+
+
+def rewrite_one(
+    gm: fx.GraphModule,
+    config: Policy,
+    grid: Triple | None,
+    layers: Layers,
+    handed: Handed | None = None,
+    number: int = 0,
+) -> tuple[Report, list[Evidence | None]]:
+    """As :func:`rewrite`, for one of several graphs of a model, cut apart by graph breaks.
+
+    Takes what graphs before it told of its inputs, one entry for each; returns what it tells of its outputs. ``number``
+    is different for each graph.
+    """
+    tracking = track(gm, lambda node: spelling(node) is not None, given(gm, handed) if handed else None)
+    told = hand_over(tracking.top, tracking, number)
     keys = site_keys((module_path(node), source_line(node)) for _, node in tracking.order)
     plan = [_plan(scope, node, tracking, grid) for scope, node in tracking.order]
     report = Report()
@@ -76,7 +94,7 @@ def rewrite(gm: fx.GraphModule, config: Policy, *, grid: Triple | None = None, l
     for module in {id(found.scope.module): found.scope.module for found in plan}.values():
         module.graph.lint()
         module.recompile()
-    return report
+    return report, told
 
 
 @dataclass
@@ -99,6 +117,14 @@ def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None) 
     decision = decide(call, scope, tracking, grid)
     if decision.reason is Reason.REWRITTEN and spelled is not None and spelled.problem is not None:
         decision = Decision(spelled.problem.reason, spelled.problem.detail)
+    if (
+        decision.reason is Reason.REWRITTEN
+        and spelled is not None
+        and masks_queries(call.mask, call.node, scope.writers)
+    ):
+        decision = Decision(
+            Reason.MASK, "a mask over queries: rows that see no key are zeros in scaled_dot_product_attention alone"
+        )
     if decision.reason is Reason.REWRITTEN and scope.calls > 1:
         decision = Decision(
             Reason.SHARED_SUBGRAPH,
@@ -162,7 +188,7 @@ def _apply(
     facts |= {"layer": layer}
     if layer in config.dense_layers:
         return Site(reason=Reason.DENSE_LAYER, detail=f"layer {layer} is in dense_layers", **facts)
-    builder = Builder(found.scope.module.graph, call.node)
+    builder = Builder(found.scope.module.graph, call.node, found.scope.writers)
     sizes = numbers(builder, layout)
     if sizes is None:
         return Site(
@@ -175,7 +201,7 @@ def _apply(
         "tile": TILE_OF[config.granularity],
     }  # fmt: skip
     block = [extent if step is None else step for step, extent in zip(steps, sizes[:3], strict=True)]
-    attended = replace_attention(call, builder, sizes, block, selection)
+    attended = replace_attention(call, builder, layout, sizes, block, selection)
     if found.spelled is not None:
         found.spelled.take_place(attended)
     return Site(

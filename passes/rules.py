@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 from torch import fx
 
-from .indexing import SLICES, indexed, number, sliced
+from .indexing import SLICES, index_write, indexed, number, sliced
 from .op import Op, Result
-from .products import product_of
+from .products import permutation_of, product_of
 from .sizes import ONE, Size, add, same, size_of, value_of
 from .tokens import (
     ROLES,
@@ -33,6 +33,7 @@ from .tokens import (
     join_all,
     merged_grid,
     mixed,
+    ordered,
     reshape,
     unknown,
 )
@@ -85,7 +86,7 @@ def movedim(op: Op) -> Axes:
 
 def linear(op: Op) -> Axes:
     axes = op.tokens()
-    return (*axes[:-1], unknown(op.sizes[-1], f"{op.label}[-1]"))
+    return (*axes[:-1], unknown(op.sizes[-1], f"{op.label}[-1]", Origin.CHANNELS))
 
 
 def matmul(op: Op) -> Axes:
@@ -109,16 +110,20 @@ def module_attention(op: Op) -> Result:
     if not query or not isinstance(values, (tuple, list)):
         return op.unknown()
     width = size_of(values[0].shape[-1])
-    return [(*query[:-1], unknown(width, f"{op.label}[-1]")), ()]
+    return [(*query[:-1], unknown(width, f"{op.label}[-1]", Origin.CHANNELS)), ()]
 
 
 def encoder_layer(op: Op) -> Axes:
     src = op.tokens(0, "src")
-    return (*src[:-1], unknown(op.sizes[-1], f"{op.label}[-1]")) if src else op.unknown()
+    return (*src[:-1], unknown(op.sizes[-1], f"{op.label}[-1]", Origin.CHANNELS)) if src else op.unknown()
 
 
 def product(op: Op) -> Axes:
     """einsum and baddbmm of two tensors: what runs together is joined, the rest comes from one operand."""
+    order = permutation_of(op.node)
+    if order is not None:
+        given = op.axes_of(op.node.all_input_nodes[0]) or ()
+        return tuple(given[dim] for dim in order) if len(given) == len(order) else op.unknown()
     found = product_of(op.node)
     if found is None:
         return op.unknown()
@@ -150,12 +155,13 @@ def cat(op: Op) -> Axes:
     if len(parts) != len(tensors):
         return op.unknown()
     along = op.dim(1, len(op.sizes), "dim", "axis")
+    video = [part for part in parts if claims(part[along])] or parts  # whose samples these are, where others are text
     axes = []
     for dim, size in enumerate(op.sizes):
         if dim == along:
             axes.append(concatenate([part[dim] for part in parts]))
         else:
-            axes.extend(join_all([(part[dim],) for part in parts], [size], op.label))
+            axes.extend(join_all([(part[dim],) for part in video], [size], op.label))
     return tuple(axes)
 
 
@@ -251,6 +257,20 @@ def reorder(op: Op) -> Axes:
     )
 
 
+def written_by_index(op: Op) -> Axes:
+    """index_copy, index_put: tokens of another tensor at the positions that a tensor holds."""
+    place = index_write(op)
+    return op.unknown() if place is None else place
+
+
+def added_by_index(op: Op) -> Axes:
+    """scatter_add, index_add: what is added to tokens in a known order stands in that order."""
+    axes, added = op.tokens(), op.tokens(3, "src", "source")
+    if any(ordered(axis) for axis in added):
+        return reorder(op)
+    return axes if len(axes) == len(op.sizes) else op.unknown()
+
+
 def pad(op: Op) -> Axes:
     axes, widths = list(op.tokens()), op.arg(1, "pad")
     if not isinstance(widths, (tuple, list)):
@@ -293,7 +313,7 @@ def patch_embedding(op: Op) -> Axes:
     else:
         made = [grid_axis(size, role, op.label) for _, size, role in spatial]
     batch = fold(axes[0], op.label) if op.name == "conv2d" and not any(kept) else axes[0]
-    return (batch, unknown(sizes[1], f"{op.label}[1]"), *made)
+    return (batch, unknown(sizes[1], f"{op.label}[1]", Origin.CHANNELS), *made)
 
 
 def complex_view(op: Op) -> Axes:
@@ -313,8 +333,7 @@ _REDUCE = ["sum", "mean", "amax", "amin", "prod", "norm", "var", "std", "logsume
 _NORMS = ("norm", "linalg_vector_norm")
 _REGROUP = ["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as"]
 _REORDER = [
-    "flip", "roll", "index_select", "gather", "repeat_interleave", "take_along_dim", "index_copy", "index_add",
-    "index_fill", "scatter", "scatter_add",
+    "flip", "roll", "index_select", "gather", "repeat_interleave", "take_along_dim", "index_fill", "scatter",
 ]  # fmt: skip
 _TRANSPOSE = ["transpose", "swapaxes", "swapdims", "t", "mT", "adjoint"]
 
@@ -340,6 +359,8 @@ RULES: Mapping[str, Callable[[Op], Result]] = MappingProxyType(
         **dict.fromkeys(("conv3d", "conv2d"), patch_embedding),
         **dict.fromkeys(("view_as_complex", "view_as_real"), complex_view),
         **dict.fromkeys(("movedim", "moveaxis"), movedim),
+        **dict.fromkeys(("index_copy", "index_put"), written_by_index),
+        **dict.fromkeys(("scatter_add", "index_add"), added_by_index),
         "index": indexed,
         "permute": permute,
         "linear": linear,

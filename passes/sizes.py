@@ -41,6 +41,24 @@ def size_of(value: int | torch.SymInt) -> Size:
     return Size(expr, int(hint))
 
 
+Lengths = dict[sympy.Symbol, Size]  # what is known of lengths that have a symbol of their own
+
+
+def replaced(size: Size, lengths: Lengths) -> Size:
+    """The size in terms of what its symbols are known to be."""
+    if isinstance(size.expr, int) or not lengths or lengths.keys().isdisjoint(size.expr.free_symbols):
+        return size
+    return _normal(size.expr.xreplace({symbol: known.expr for symbol, known in lengths.items()}), size.hint)
+
+
+def learn_length(found: Size, expected: Size, lengths: Lengths) -> None:
+    """Remember a length that depends on data and got a symbol of its own, where it is known from elsewhere."""
+    if same(found, expected) or not isinstance(found.expr, sympy.Symbol) or not found.expr.name.startswith("u"):
+        return
+    if isinstance(expected.expr, int) or found.expr not in expected.expr.free_symbols:
+        lengths[found.expr] = expected
+
+
 def multiply(sizes: list[Size]) -> Size:
     return _normal(prod((s.expr for s in sizes), start=sympy.Integer(1)), prod(s.hint for s in sizes))
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
+from torch import fx
+
 from .sizes import ONE, Size, add, multiply, quotient, same, size_of, subtract
 
 
@@ -23,8 +25,9 @@ class Origin(IntEnum):
 
     CONSTANT = 0  # a parameter or buffer, or one value for every position
     TABLE = 1  # positions that count up, as rotary tables are made of
-    OPERATOR = 2  # an operator without a rule, or a factory
-    INPUT = 3  # an axis of a graph input
+    CHANNELS = 2  # what a projection makes: channels, and heads
+    OPERATOR = 3  # an operator without a rule, or a factory
+    INPUT = 4  # an axis of a graph input
 
 
 class Place(NamedTuple):
@@ -33,6 +36,14 @@ class Place(NamedTuple):
     tensor: str
     dim: int
     rank: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """Tokens that were written into a longer sequence, at the positions that a tensor holds."""
+
+    tokens: Axis
+    index: fx.Node
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Factor:
     part: tuple[Segment, Size] | None = None  # a cut of that segment, starting at that position
     folded: str | None = None  # the conv2d grid over whose batch it runs: these may be its frames
     place: Place | None = None
+    writes: tuple[Write, ...] = ()  # what a packed sequence is made of
+    readings: tuple[Axis, ...] = ()  # of mixed tokens: two readings of their grid that disagree
 
     def __str__(self) -> str:
         if self.role == MIXED:
@@ -87,7 +100,8 @@ def plain_source(source: str) -> str:
 def mixed(axes: Sequence[Axis], size: Size, source: str) -> Axis:
     """An axis made of ``axes``, whose order was lost. Video tokens among them are not forgotten: they are mixed."""
     if not any(ordered(axis) for axis in axes) or same(size, ONE):
-        return unknown(size, source)
+        channels = axes and all(f.origin is Origin.CHANNELS for axis in axes for f in factors(axis))
+        return unknown(size, source, Origin.CHANNELS if channels else Origin.OPERATOR)
     return ((Factor(size, MIXED, source),),)
 
 
@@ -97,8 +111,15 @@ def grid_axis(size: Size, role: str, source: str) -> Axis:
 
 
 def fold(batch: Axis, source: str) -> Axis:
-    """The batch of a conv2d: the frames of its grid may be folded into it."""
-    return tuple(tuple(replace(factor, folded=source) for factor in segment) for segment in batch)
+    """The batch of a conv2d: the frames of its grid may be folded into it, where they vary fastest.
+
+    They are an axis of a video or an inner part of an image batch. What varies slower, and axes of tensors with more
+    dimensions than a video has, may be samples or views.
+    """
+    *before, last = batch
+    if not last or (last[-1].place is not None and last[-1].place.rank > 5):
+        return batch
+    return (*before, (*last[:-1], replace(last[-1], folded=source)))
 
 
 def segment_size(segment: Segment) -> Size:
@@ -116,7 +137,13 @@ def factors(axis: Axis) -> Iterator[Factor]:
 
 def claims(axis: Axis) -> bool:
     """True where any position of the axis is known to belong to a video grid."""
-    return any(f.role is not None or (f.part is not None and claims((f.part[0],))) for f in factors(axis))
+    return any(f.role is not None or any(claims(inner) for inner in _within(f)) for f in factors(axis))
+
+
+def _within(factor: Factor) -> list[Axis]:
+    """What a factor is a cut of, or is packed from."""
+    cut_from: list[Axis] = [] if factor.part is None else [(factor.part[0],)]
+    return [*cut_from, *(write.tokens for write in factor.writes)]
 
 
 def ordered(axis: Axis) -> bool:
@@ -126,7 +153,7 @@ def ordered(axis: Axis) -> bool:
 
 def is_mixed(axis: Axis) -> bool:
     """True where any position is a video token whose place is not known."""
-    return any(f.role == MIXED or (f.part is not None and is_mixed((f.part[0],))) for f in factors(axis))
+    return any(f.role == MIXED or any(is_mixed(inner) for inner in _within(f)) for f in factors(axis))
 
 
 def join(a: Axis, b: Axis, source: str) -> Axis:
@@ -144,7 +171,7 @@ def join(a: Axis, b: Axis, source: str) -> Axis:
             return b if _is_table(a) and not _is_table(b) else a
         if len(a) == len(b) > 1 and all(same(segment_size(x), segment_size(y)) for x, y in zip(a, b, strict=True)):
             return tuple(join((x,), (y,), source)[0] for x, y in zip(a, b, strict=True))
-        return _common(a, b, source) or mixed((a, b), axis_size(a), source)
+        return _common(a, b, source) or disagreeing(a, b, source)
     if placed_a or placed_b:
         placed, other = (a, b) if placed_a else (b, a)
         return _positioned(other, placed) if _is_table(placed) else placed
@@ -153,6 +180,12 @@ def join(a: Axis, b: Axis, source: str) -> Axis:
     if claims(a) or claims(b):
         return a if claims(a) else b
     return max(a, b, key=_knowledge)
+
+
+def disagreeing(a: Axis, b: Axis, source: str) -> Axis:
+    """Tokens of which two things are known that cannot both be true."""
+    both = tuple(x for x in (a, b) if all(raster_of(segment) for segment in x))
+    return ((Factor(axis_size(a), MIXED, source, readings=both if len(both) == 2 else ()),),)
 
 
 def _common(a: Axis, b: Axis, source: str) -> Axis | None:
@@ -202,9 +235,24 @@ def _like(a: Axis, b: Axis) -> bool:
     return shape(a) == shape(b) is not None
 
 
-def _knowledge(axis: Axis) -> tuple[bool, int, int]:
+def _knowledge(axis: Axis) -> tuple[bool, bool, int, int]:
     origins = [f.origin for f in factors(axis)]
-    return any(f.folded for f in factors(axis)), len(axis), min(origins, default=Origin.CONSTANT)
+    folded = any(f.folded for f in factors(axis))
+    return is_packed(axis), folded, len(axis), min(origins, default=Origin.CONSTANT)
+
+
+def is_packed(axis: Axis) -> bool:
+    """True where tokens were written by index into the sequence, or into one that this was cut from."""
+    return any(f.writes or (f.part is not None and is_packed((f.part[0],))) for f in factors(axis))
+
+
+def written(axis: Axis, tokens: Axis, index: fx.Node, source: str) -> Axis:
+    """The axis after ``tokens`` were written into it at the positions that ``index`` holds."""
+    only = axis[0][0] if len(axis) == 1 and len(axis[0]) == 1 else None
+    if ordered(axis) and not (only is not None and only.writes):
+        return mixed((axis, tokens), axis_size(axis), source)
+    before = only.writes if only is not None else ()
+    return ((Factor(axis_size(axis), None, source, writes=(*before, Write(tokens, index))),),)
 
 
 def join_all(operands: Sequence[Axes], sizes: Sequence[Size], source: str) -> Axes:
@@ -363,7 +411,13 @@ def _regroup(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
 
 def _split(factor: Factor, product: Size, size: Size) -> tuple[Factor, Factor] | None:
     """Split a factor so that ``product`` times its first piece is ``size``. Only factors that carry no claim can be."""
-    if factor.role is not None or factor.part is not None or not product.hint or size.hint % product.hint:
+    if (
+        factor.role is not None
+        or factor.part is not None
+        or factor.writes
+        or not product.hint
+        or size.hint % product.hint
+    ):
         return None
     outer = size.hint // product.hint
     if not outer or factor.size.hint % outer:
@@ -375,7 +429,7 @@ def _split(factor: Factor, product: Size, size: Size) -> tuple[Factor, Factor] |
         second = quotient(factor.size, first)
     # The sizes are part of the names: the outer three of twelve and the inner three are not the same positions.
     return (
-        replace(factor, size=first, source=f"{factor.source}/{first}"),
+        replace(factor, size=first, source=f"{factor.source}/{first}", folded=None),
         replace(factor, size=second, source=f"{factor.source}%{second}", place=None),
     )
 

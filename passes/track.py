@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .indexing import SLICES, IndexMap, index_map, number, slice_axis, slicing
+from .effects import mutates
+from .indexing import SLICES, IndexMap, index_map, index_write, number, slice_axis, slicing
 from .names import is_elementwise, name_of
 from .op import Op, Result
 from .rules import RULES, elementwise
-from .sizes import ONE, Size, memory_of, same, shape_of, value_of
+from .sizes import ONE, Lengths, Size, memory_of, same, shape_of, value_of
 from .tokens import (
     ROLES,
     Axes,
@@ -50,6 +51,11 @@ class Scope:
     calls: int = 1  # how often this subgraph is called
     label: str = ""  # precedes the names of its nodes, which other graphs use again
     sharing: dict[int, list[fx.Node]] = field(default_factory=dict)  # nodes by the memory that they lie in
+    lengths: Lengths = field(default_factory=dict)  # of the whole model
+    writers: list[fx.Node] = field(default_factory=list)  # nodes that write to a tensor, in order
+
+    def op(self, node: fx.Node) -> Op:
+        return Op(node, name_of(node), self.axes_of, self.label, self.lengths)
 
     def axes_of(self, node: fx.Node) -> Axes | None:
         found = self.types.get(node)
@@ -57,18 +63,28 @@ class Scope:
 
 
 @dataclass
+class Given:
+    """What is known of the graph's inputs before the walk: types by their places, and what showed each grid in them."""
+
+    axes: dict[int, Axes] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Tracking:
     """The result: every graph walked, in execution order of its nodes, and the grid evidence found in it."""
 
+    top: Scope
+    given: Given = field(default_factory=Given)
     order: list[tuple[Scope, fx.Node]] = field(default_factory=list)
     unentered: list[tuple[Scope, fx.Node, fx.GraphModule]] = field(default_factory=list)
     grids: dict[str, fx.Node] = field(default_factory=dict)
 
 
-def track(module: fx.GraphModule, wanted: Callable[[fx.Node], bool]) -> Tracking:
+def track(module: fx.GraphModule, wanted: Callable[[fx.Node], bool], given: Given | None = None) -> Tracking:
     """Types for the whole graph; ``wanted`` picks the nodes that are listed in ``order``."""
-    tracking = Tracking()
-    _walk(Scope(module), {}, tracking, wanted)
+    tracking = Tracking(Scope(module), given or Given())
+    _walk(tracking.top, tracking.given.axes, tracking, wanted)
     return tracking
 
 
@@ -103,6 +119,8 @@ def _walk(scope: Scope, inputs: Mapping[int, Result], tracking: Tracking, wanted
     for node in scope.module.graph.nodes:
         for memory in _memory(node):
             scope.sharing.setdefault(memory, []).append(node)
+        if mutates(node):
+            scope.writers.append(node)
     place = 0
     for node in scope.module.graph.nodes:
         if node.op == "placeholder":
@@ -158,6 +176,7 @@ def _enter(
         tracking.unentered.extend((scope, node, inner) for _, inner in graphs)
         return
     inner = Scope(graph, call=node, calls=scope.calls * calls[id(graph)], label=f"{scope.label}{node.name}/")
+    inner.lengths = scope.lengths
     types = {
         index: scope.types[arg]
         for index, arg in enumerate(arguments)
@@ -174,7 +193,7 @@ def _enter(
 
 def _type(scope: Scope, node: fx.Node) -> None:
     name = name_of(node)
-    op = Op(node, name, scope.axes_of, scope.label)
+    op = scope.op(node)
     source = node.args[0] if node.args else None
     if name in _WRITES_SECOND_ARGUMENT and isinstance(source, fx.Node):
         _write(scope, node, name)
@@ -197,6 +216,8 @@ def _type(scope: Scope, node: fx.Node) -> None:
         written = _written(node, name)
         if name == "index_put_" and _is_number(node.args[2]):
             scope.types[node] = scope.axes_of(written[0]) or op.unknown()
+            return
+        if name in ("index_put_", "index_copy_") and _write_by_index(scope, node, written[0]):
             return
         for tensor in written:
             _forget(scope, tensor, op.label)
@@ -254,6 +275,8 @@ def _write(scope: Scope, node: fx.Node, name: str) -> None:
         return
     mapping = index_map(len(axes), node.args[1] if name == "setitem" else ...)
     label = scope.label + node.name
+    if name == "setitem" and _write_by_index(scope, node, base):
+        return
     if isinstance(value, fx.Node) and not _is_number(value):
         written = scope.axes_of(value)
         chain = _chain(base)
@@ -266,6 +289,16 @@ def _write(scope: Scope, node: fx.Node, name: str) -> None:
         else:
             _refine(scope, base, mapping, written, label)
     scope.types[node] = scope.axes_of(base) or ()
+
+
+def _write_by_index(scope: Scope, node: fx.Node, base: fx.Node) -> bool:
+    """Types after tokens were written into a tensor by index, in place; False where this write is none such."""
+    placed = index_write(scope.op(node))
+    if placed is None:
+        return False
+    _forget(scope, base, scope.label + node.name)  # views of it that were taken before
+    scope.types[base] = scope.types[node] = placed
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -297,7 +330,7 @@ def _refine(scope: Scope, base: fx.Node, mapping: IndexMap, written: Axes, sourc
         single = same(axis_size(other), ONE)  # may be written to many positions
         if dim is None or (single and item is None and not claims(other)):
             continue
-        replaced = axes[dim] if item is None else slice_axis(axes[dim], item, axis_size(other), source)
+        replaced = axes[dim] if item is None else slice_axis(axes[dim], item, axis_size(other), source, scope.lengths)
         partly = item is not None and item.step not in (None, 1)
         if ordered(axes[dim] if partly else replaced) and replaced != other:
             _forget(scope, base, source)
@@ -305,7 +338,7 @@ def _refine(scope: Scope, base: fx.Node, mapping: IndexMap, written: Axes, sourc
         if item is None:
             axes[dim] = join(axes[dim], other, source)
         elif claims(other) and not claims(axes[dim]):
-            start = number(item.start)
+            start = number(item.start, scope.lengths)
             axes[dim] = (
                 mixed((other,), axis_size(axes[dim]), source)
                 if partly or single or start is None or start.hint < 0
@@ -313,7 +346,7 @@ def _refine(scope: Scope, base: fx.Node, mapping: IndexMap, written: Axes, sourc
             )
     scope.types[base] = tuple(axes)
     if name_of(base) in SLICES and isinstance(base.args[0], fx.Node) and scope.axes_of(base.args[0]):
-        outer = slicing(Op(base, name_of(base), scope.axes_of, scope.label))
+        outer = slicing(scope.op(base))
         if outer is not None:
             _refine(scope, base.args[0], outer, tuple(axes), source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import hypothesis
 import pytest
@@ -20,6 +21,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 # The tensors are tiny, and on a busy machine OpenMP's threads spin while they wait for each other: fifty times slower.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter every second case of tests marked ``halved``, the same ones always; on a GPU all."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("halved") and zlib.crc32(item.name.encode()) % 2 == 0]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

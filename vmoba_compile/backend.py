@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +14,12 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from .config import VMoBAConfig, as_config
+from .handover import Handover, copied
 from .kernels.api import triple
 from .kernels.partition import Triple
-from .passes import CoverageError, Report, rewrite
+from .passes import CoverageError, Report
+from .passes.evidence import Evidence, Handed, numbered
+from .passes.rewrite import rewrite_one
 
 Inner = Callable[..., Callable[..., Any]]
 
@@ -68,7 +74,7 @@ class _Inductor:
 class Rewriter:
     """A Dynamo backend with its configuration and what it has done so far.
 
-    One instance serves all graphs of one model: layer numbers go on over graph breaks, and stay over recompilations.
+    One instance serves all graphs of one model: layer numbers and, with a ``handover``, grids go on over graph breaks.
     """
 
     config: VMoBAConfig
@@ -79,6 +85,7 @@ class Rewriter:
     graphs: int = 0
     ran: list[Report] | None = None  # reports of the graphs that ran, where somebody wants to know
     latest: Report | None = None
+    handover: Handover | None = None  # where the beginning of a call of the model is known
 
     @property
     def __name__(self) -> str:
@@ -86,27 +93,86 @@ class Rewriter:
         return "vmoba"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        found = rewrite(gm, self.config, grid=self.grid, layers=self.report.layers)
-        self._take(found)
+        return _Graph(self, gm, example_inputs).run
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], handed: Handed) -> _Version:
+        """Rewrite one graph, given what others told of its inputs, and compile it."""
         self.graphs += 1
+        found, told = rewrite_one(gm, self.config, self.grid, self.report.layers, handed, self.graphs)
+        self._take(found)
         if self.strict:
             check_strict(found)
-        compiled = self.inner(gm, example_inputs)
+        return _Version(self.inner(gm, inputs), found, told)
 
-        def run(*inputs: Any) -> Any:
-            if self.latest is not found:
-                self._take(found)
-            # DDP runs each piece on fake tensors while it compiles the next one.
-            if self.ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
-                self.ran.append(found)
-            return compiled(*inputs)
-
-        return run
+    def note(self, version: _Version, inputs: Sequence[Any], outputs: Any) -> None:
+        """A graph ran."""
+        if self.latest is not version.report:
+            self._take(version.report)
+        # DDP runs each piece on fake tensors while it compiles the next one.
+        if self.ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
+            self.ran.append(version.report)
+        if self.handover is not None and isinstance(outputs, (tuple, list)):
+            self.handover.note(outputs, version.told)
 
     def _take(self, found: Report) -> None:
         """The report tells of the graph that ran last: one of several sizes, or of training and inference."""
         self.report.merge(found)
         self.latest = found
+
+
+@dataclass(frozen=True, eq=False)
+class _Version:
+    run: Callable[..., Any]
+    report: Report
+    told: list[Evidence | None]  # of the outputs
+
+
+class _Graph:
+    """One captured graph, compiled anew where it gets inputs of which other graphs tell something else."""
+
+    def __init__(self, rewriter: Rewriter, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        known = rewriter.handover
+        handed = numbered([known.of(x) if known else None for x in inputs])
+        self.rewriter = rewriter
+        self.places = [place for place, evidence in enumerate(handed) if evidence is not None]
+        self.plain = copied(gm) if self.places else None
+        self.only = rewriter.compile(gm, inputs, handed)
+        self.versions = {self._read(inputs): self.only}
+
+    def run(self, *inputs: Any) -> Any:
+        version = self._version(inputs) if self.places else self.only
+        outputs = version.run(*inputs)
+        self.rewriter.note(version, inputs, outputs)
+        return outputs
+
+    def _read(self, inputs: Sequence[Any]) -> Handed:
+        known = self.rewriter.handover
+        return numbered([known.of(inputs[place]) if known else None for place in self.places])
+
+    def _version(self, inputs: Sequence[Any]) -> _Version:
+        read = self._read(inputs)
+        if read not in self.versions:
+            assert self.plain is not None
+            handed: list[Evidence | None] = [None] * len(inputs)
+            for place, evidence in zip(self.places, read, strict=True):
+                handed[place] = evidence
+            if any(isinstance(x, int) for x in inputs):  # sizes that are symbols in the graph
+                warn(
+                    "vmoba_compile: a graph after a graph break ran dense: its grid changed; compile with dynamic=False"
+                )
+                self.versions[read] = _Version(self.plain.forward, Report(), [])
+            else:
+                self.versions[read] = self.rewriter.compile(copied(self.plain), inputs, tuple(handed))
+        return self.versions[read]
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called the model."""
+    level, own = 2, str(Path(__file__).parent)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and ("/torch/" in (name := frame.f_code.co_filename) or name.startswith(own)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_strict(report: Report) -> None:

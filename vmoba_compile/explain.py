@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .backend import Rewriter, check_grid
 from .config import VMoBAConfig, as_config
+from .handover import Handover
 from .kernels.partition import Triple
 from .optimize import _input_error, compile_with, whole_graphs
 from .passes import Report, RewriteError
@@ -39,7 +40,7 @@ def explain(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    rewriter = Rewriter(as_config(config), check_grid(grid), _WithoutRunning(fake_mode))
+    rewriter = Rewriter(as_config(config), check_grid(grid), _WithoutRunning(fake_mode), handover=Handover())
 
     def fake(value: Any) -> Any:
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +13,9 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
-from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler
+from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler, warn
 from .config import VMoBAConfig, as_config
+from .handover import Handover
 from .kernels.partition import Triple
 from .passes import CoverageError, InputError, Report, RewriteError
 from .schedule import Schedule
@@ -106,7 +105,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         kwargs = settings["compile_kwargs"]
         compiler = inner_compiler(settings["inner"], kwargs.get("mode"), kwargs.get("options"))
-        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"])
+        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"], handover=Handover())
         sparse = compile_with(model, rewriter, kwargs)
         super().__init__(model, sparse.dynamo_ctx)
         dense = compile_with(model, compiler, kwargs)
@@ -120,6 +119,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         rewriter = state.rewriter
         ran: list[Report] = []
         rewriter.ran = ran
+        rewriter.handover.clear()
         try:
             with whole_graphs():
                 result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
@@ -146,7 +146,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         name = type(self._orig_mod).__name__
         if not together.rewritten:
             found = together.summary() if len(together) else NO_ATTENTION
-            _warn(f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()")
+            warn(f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()")
         times = max((ran.count(report) for report in ran if report.rewritten), default=0)
         if times > 1:
             message = (
@@ -155,7 +155,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
             )
             if settings["strict"]:
                 raise CoverageError(f"strict=True, but {message}")
-            _warn(f"vmoba_compile: {message}")
+            warn(f"vmoba_compile: {message}")
 
     def set_dense(self, dense: bool) -> None:
         """Use the dense graph (True) or the sparse one (False) from the next call on."""
@@ -196,15 +196,6 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OptimizedModel, (self._orig_mod, self._vmoba.settings)
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called the model."""
-    level = 2
-    frame = sys._getframe(1)
-    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class _State:

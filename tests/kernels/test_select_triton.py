@@ -117,6 +117,7 @@ CASE = Case(
 )  # 12 boxes, ragged
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_rule
 def test_every_rule_and_dtype(pool, mode, dtype):
@@ -124,6 +125,7 @@ def test_every_rule_and_dtype(pool, mode, dtype):
     assert assert_agrees(case, case.tensors(dtype)) <= 2
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("threshold", [1e-9, 0.01, 0.25, 0.9, 0.999, 1.0, 1.5])
 def test_thresholds(pool, threshold):
@@ -131,6 +133,7 @@ def test_thresholds(pool, threshold):
     assert assert_agrees(case, case.tensors(torch.float32)) == 0
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("masked", MASKS[1:])
 def test_key_masks(pool, masked):
@@ -188,6 +191,7 @@ def test_random_problems(case):
     assert_agrees(case, case.tensors(torch.float32))
 
 
+@pytest.mark.halved
 @every_rule
 @pytest.mark.parametrize(("masked", "dtype"), [("boxes", torch.float32), ("none", torch.bfloat16)], ids=str)
 def test_constant_keys_have_no_range(pool, mode, masked, dtype, stages):
@@ -201,6 +205,7 @@ def test_constant_keys_have_no_range(pool, mode, masked, dtype, stages):
     assert all(SEEK.value not in states for _, states in stages)
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("capacity", [2, 1024])
 @every_rule
 def test_equal_entries_go_in_order(pool, mode, capacity, monkeypatch, stages):
@@ -314,6 +319,7 @@ def test_samples_do_not_see_each_other():
 TILES = CASE.but(block=(2, 3, 4), tile=8)  # boxes of 24 to 1 tokens, three tiles each
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_rule
 def test_tiles_of_queries(pool, mode, dtype):
@@ -321,6 +327,7 @@ def test_tiles_of_queries(pool, mode, dtype):
     assert assert_agrees(case, case.tensors(dtype)) <= 2
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("threshold", [1e-9, 0.1, 0.5, 0.9, 1.0])
 def test_thresholds_of_tiles(pool, threshold):

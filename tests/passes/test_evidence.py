@@ -57,14 +57,12 @@ def test_pixel_unshuffle_is_not_followed():
 @pytest.mark.parametrize(
     "cut",
     [
-        lambda x: patches(x).permute(0, 2, 3, 1, 4).flatten(1, 3),  # time runs fastest
-        lambda x: patches(x).transpose(2, 3).flatten(1, 3),  # columns before rows
         lambda x: patches(x).flip(2).flatten(1, 3),
         lambda x: patches(x)[:, :, torch.tensor([0, 2, 1])].flatten(1, 3),
         lambda x: x.reshape(2, 3, 2, 3, 2, 2, 4).permute(0, 2, 4, 5, 3, 1, 6).flatten(1, 4).flatten(2),  # windows
         lambda x: patches(x).flatten(0, 1).flatten(1, 2),  # a frame at a time
     ],
-    ids=["time fastest", "columns first", "flipped", "picked", "windows", "frame by frame"],
+    ids=["flipped", "picked", "windows", "frame by frame"],
 )
 def test_patches_in_another_order(cut):
     assert not rewritten(Patches(cut), video()).rewritten
@@ -115,23 +113,41 @@ def test_the_table_is_not_the_tokens():
     assert verdicts(rewritten(Model(counted), torch.randn(2, 24, 16), torch.randn(2, 24, 16))) == ["cross_attention"]
 
 
+class TwoReadings(VideoAttention):
+    """Patches of one grid, and a table that counts another one up."""
+
+    def __init__(self, sizes=(4, 3, 2), on=(True, True)):
+        super().__init__()
+        self.sizes, self.on = sizes, on
+
+    def parts(self, x):
+        q, k, v = self.split(raster_tokens(self.patch(x)))
+        angles = counted(x, self.sizes)[..., :1].cos()
+        return q * angles if self.on[0] else q, k * angles if self.on[1] else k, v
+
+    def forward(self, x):
+        return dense(*self.parts(x))
+
+
+@pytest.mark.parametrize("on", [(True, True), (True, False), (False, True)], ids=["both", "queries", "keys"])
+def test_a_table_that_contradicts_the_patches(on):
+    site = only(rewritten(TwoReadings(on=on), video()))
+    assert site.reason.value == "ambiguous_grid"
+    assert "video 2x3x4" in site.detail and "video 4x3x2" in site.detail
+
+
+def test_a_given_grid_decides_between_two_readings():
+    assert only(rewritten(TwoReadings(), video(), grid=(4, 3, 2))).grid == (4, 3, 2)
+    assert verdicts(rewritten(TwoReadings(), video(), grid=(4, 3, 1))) == ["ambiguous_grid"]
+
+
 def test_two_tables_that_disagree():
     class Model(Rotary):
         def forward(self, x):
             q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
             return dense(q * counted(x)[..., :1].cos(), k * counted(x, (3, 2, 4))[..., :1].cos(), v)
 
-    assert not rewritten(Model(counted), torch.randn(2, 24, 16)).rewritten
-
-
-def test_a_table_that_contradicts_the_patches():
-    class Model(VideoAttention):
-        def forward(self, x):
-            q, k, v = self.split(raster_tokens(self.patch(x)))
-            angles = counted(x, (4, 3, 2))[..., :1].cos()
-            return dense(q * angles, k * angles, v)
-
-    assert not rewritten(Model(), video()).rewritten
+    assert verdicts(rewritten(Model(counted), torch.randn(2, 24, 16))) == ["ambiguous_grid"]
 
 
 def test_a_table_of_two_axes_is_no_grid():

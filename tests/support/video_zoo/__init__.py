@@ -1,5 +1,7 @@
 """Tiny random models of every video transformer (and video UNet) of diffusers 0.42.1, with inputs for one forward.
 
+Beside them transformers' video models, and token layouts of models elsewhere, written down again in plain PyTorch.
+
 ``ZOO`` maps a name to a function that returns ``(model, kwargs)``: float32, CPU, no weights downloaded, seeded.
 ``EXPECT`` says for each of them which module paths hold full spatio-temporal self-attention over one video grid, the
 grid (frames, rows, columns) in tokens, and how many condition tokens stand before and after it in the sequence.
@@ -26,7 +28,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import autoregressive, cogvideo, cosmos, factorised, hunyuan, kandinsky, ltx, one_grid, others, wan
+from . import (
+    autoregressive,
+    cogvideo,
+    cosmos,
+    factorised,
+    hunyuan,
+    kandinsky,
+    ltx,
+    one_grid,
+    others,
+    plain,
+    recognition,
+    wan,
+)
 from .common import GRID, Pair
 
 ZOO: dict[str, Callable[[], Pair]] = {
@@ -101,6 +116,20 @@ ZOO: dict[str, Callable[[], Pair]] = {
         factorised.unet_3d_condition,
         factorised.unet_motion,
         factorised.sparse_controlnet,
+        recognition.videomae_eager,
+        recognition.videomae_sdpa,
+        recognition.videomae_masked,
+        recognition.vivit_eager,
+        recognition.vivit_sdpa,
+        recognition.timesformer,
+        recognition.timesformer_joint,
+        recognition.timesformer_space,
+        plain.vchitect,
+        plain.dive,
+        plain.dive_by_frame,
+        plain.ditctrl,
+        plain.ditctrl_branches,
+        plain.frames_conv2d,
     )
 }
 
@@ -108,6 +137,7 @@ ZOO: dict[str, Callable[[], Pair]] = {
 #   plain      one raster grid, every token attends to every token (a bool mask over keys included): rewrite it
 #   pair_mask  a mask over pairs or one in float: needs more than the plain operator
 #   extra_keys the keys hold tokens that are no queries
+#   packed     the tokens are written by index: gathered, with all others behind them
 #   several    more than one grid in the sequence; grid, prefix and suffix are those of the new latents
 #   flex       flex attention with a block mask
 #   none       no softmax self-attention over the whole video
@@ -159,8 +189,8 @@ EXPECT: dict[str, Expectation] = {
     "mochi_batch_1": (_paths(("transformer_blocks.{}.attn1", 3)), GRID, 0, 5, "plain"),
     "easyanimate": (_paths(("transformer_blocks.{}.attn1", 3)), GRID, 12, 0, "plain"),
     "cosmos_controlnet": (_paths(("control_blocks.{}.attn1", 2)), GRID, 0, 0, "plain"),
-    "cosmos_3_t2v": (_paths(("layers.{}.self_attn", 3)), GRID, 0, 0, "extra_keys"),
-    "cosmos_3_i2v_sound": (_paths(("layers.{}.self_attn", 3)), GRID, 0, 5, "extra_keys"),
+    "cosmos_3_t2v": (_paths(("layers.{}.self_attn", 3)), GRID, 0, 7, "packed"),
+    "cosmos_3_i2v_sound": (_paths(("layers.{}.self_attn", 3)), GRID, 0, 12, "packed"),
     "kandinsky_5": (_paths(("visual_transformer_blocks.{}.self_attention", 3)), GRID, 0, 0, "plain"),
     "kandinsky_5_fractal": (_paths(("visual_transformer_blocks.{}.self_attention", 3)), (3, 8, 16), 0, 0, "flex"),
     **{
@@ -174,7 +204,7 @@ EXPECT: dict[str, Expectation] = {
     "anyflow_far_inference": (_paths(("blocks.{}.attn1", 2)), GRID, 0, 0, "extra_keys"),
     "motif_video_i2v": (_DUAL, GRID, 0, 12, "plain"),
     "motif_video_decoder": (_DUAL, GRID, 0, 7, "plain"),  # and single_transformer_blocks.2.attn: several
-    "minimax_h3": (_paths(("transformer_blocks.{}.attn", 3)), GRID, 12, 0, "plain"),
+    "minimax_h3": (_paths(("transformer_blocks.{}.attn", 3)), GRID, 0, 12, "packed"),
     "joyimage_edit": (_paths(("double_blocks.{}.attn", 3)), GRID, 0, 7, "plain"),
     "joyimage_edit_items": (_paths(("double_blocks.{}.attn", 3)), GRID, 0, 7, "plain"),
     "joyimage_edit_plus": ([], (1, 4, 6), 0, 0, "none"),
@@ -184,6 +214,18 @@ EXPECT: dict[str, Expectation] = {
     "sana_wm_refiner_cached": (_paths(("transformer_blocks.{}.attn1", 2)), GRID, 0, 0, "extra_keys"),
     **{
         name: ([], GRID, 0, 0, "none")
-        for name in ("latte", "transformer_temporal", "unet_3d_condition", "unet_motion", "sparse_controlnet")
+        for name in ("latte", "transformer_temporal", "unet_3d_condition", "unet_motion", "sparse_controlnet",
+                     "videomae_masked", "timesformer", "timesformer_space")
     },
+    **{
+        name: (_paths(("encoder.layer.{}.attention.attention", 3)), GRID, 0, 0, "plain")
+        for name in ("videomae_eager", "videomae_sdpa")
+    },
+    **{name: (_paths(("layers.{}.attention", 3)), GRID, 1, 0, "plain") for name in ("vivit_eager", "vivit_sdpa")},
+    "timesformer_joint": (_paths(("encoder.layer.{}.attention.attention", 3)), GRID, 1, 0, "plain"),
+    "vchitect": (_paths(("blocks.{}.full", 3)), GRID, 0, 7, "plain"),
+    **{name: (_paths(("blocks.{}.video", 3)), GRID, 0, 0, "plain") for name in ("dive", "dive_by_frame")},
+    "ditctrl": (["blocks.0"], GRID, 7, 0, "plain"),
+    "ditctrl_branches": (_paths(("blocks.{}", 3)), GRID, 7, 0, "plain"),
+    "frames_conv2d": (_paths(("blocks.{}", 3)), GRID, 0, 0, "plain"),
 }  # fmt: skip

@@ -1,0 +1,119 @@
+"""What one graph knows of the tensors that it returns, handed to the graph that takes them: after a graph break."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from .names import name_of
+from .recognise import module_path
+from .sizes import ONE, same, shape_of
+from .tokens import (
+    MIXED,
+    Axes,
+    Axis,
+    Factor,
+    Origin,
+    axis_size,
+    claims,
+    factors,
+    is_mixed,
+    plain_source,
+    unknowns,
+)
+from .track import Given, Scope, Tracking
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The token types of one returned tensor. ``graph`` tells graphs apart; ``told`` names the source of each grid."""
+
+    axes: Axes
+    graph: int
+    told: tuple[tuple[str, str], ...]
+
+
+Handed = tuple[Evidence | None, ...]
+
+
+def evidence_of(tracking: Tracking, source: str) -> str:
+    """What showed the grid of that source: an operator and its module."""
+    if source in tracking.given.told:
+        return tracking.given.told[source]
+    node = tracking.grids.get(source)
+    return plain_source(source) if node is None else f"{name_of(node)} {module_path(node) or node.name}"
+
+
+def hand_over(scope: Scope, tracking: Tracking, graph: int) -> list[Evidence | None]:
+    """Evidence on each output of a graph that was walked; None where it tells nothing of a video."""
+    outputs = scope.module.graph.output_node().args[0]
+    nodes = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [_evidence(scope, node, tracking, graph) if isinstance(node, fx.Node) else None for node in nodes]
+
+
+def _evidence(scope: Scope, node: fx.Node, tracking: Tracking, graph: int) -> Evidence | None:
+    axes = scope.axes_of(node)
+    sizes = shape_of(node) or []
+    if axes is None or not any(claims(axis) for axis in axes):
+        return None
+    # Symbols mean nothing in another graph, and nodes are not there.
+    if any(claims(axis) and not is_mixed(axis) and not all(map(_lasting, _all_factors(axis))) for axis in axes):
+        return None
+    others = unknowns(sizes, scope.label + node.name)
+    kept = tuple(
+        ((Factor(ONE, MIXED, "an earlier graph"),),) if is_mixed(axis) else axis if claims(axis) else other
+        for axis, other in zip(axes, others, strict=True)
+    )
+    sources = dict.fromkeys(factor.source for axis in kept for factor in _all_factors(axis) if factor.role)
+    return Evidence(kept, graph, tuple((source, evidence_of(tracking, source)) for source in sources))
+
+
+def _lasting(factor: Factor) -> bool:
+    return factor.size.static and not factor.writes
+
+
+def _all_factors(axis: Axis) -> Iterator[Factor]:
+    for factor in factors(axis):
+        yield factor
+        if factor.part is not None:
+            yield from _all_factors((factor.part[0],))
+
+
+def numbered(handed: Sequence[Evidence | None]) -> Handed:
+    """The graphs that the evidence comes from in the order in which they appear: equal where the evidence is."""
+    order: dict[int, int] = {}
+    return tuple(None if x is None else replace(x, graph=order.setdefault(x.graph, len(order))) for x in handed)
+
+
+def given(module: fx.GraphModule, handed: Handed) -> Given:
+    """Types for the inputs of a graph; sources of another graph get names of their own here."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = Given()
+    for index, (node, evidence) in enumerate(zip(placeholders, handed, strict=True)):
+        if evidence is None:
+            continue
+        prefix = f"graph {evidence.graph}: "
+        sizes = shape_of(node) or []
+        known = tuple(
+            ((replace(axis[0][0], size=size),),) if is_mixed(axis) else axis
+            for axis, size in zip(evidence.axes, sizes, strict=False)
+        )
+        if len(sizes) != len(known) or not all(map(same, map(axis_size, known), sizes)):
+            continue
+        own = unknowns(sizes, node.name, Origin.INPUT)
+        found.axes[index] = tuple(
+            tuple(tuple(_renamed(factor, prefix) for factor in segment) for segment in axis) if claims(axis) else plain
+            for axis, plain in zip(known, own, strict=True)
+        )
+        found.told |= {prefix + source: f"{text}, before a graph break" for source, text in evidence.told}
+    return found
+
+
+def _renamed(factor: Factor, prefix: str) -> Factor:
+    part = factor.part
+    if part is not None:
+        part = (tuple(_renamed(inner, prefix) for inner in part[0]), part[1])
+    folded = None if factor.folded is None else prefix + factor.folded
+    return replace(factor, source=prefix + factor.source, part=part, folded=folded, place=None)
