@@ -33,6 +33,8 @@ def boolean_mask(builder: Builder, mask: Mask) -> fx.Node:
     if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
         raise Unread("a bool tensor is added to the scores", Reason.MASK)
     found = _kept(builder, mask.node, mask.scale, builder.at)
+    if found is None and builder.trusts_masks and _floating(mask.node) and mask.scale > 0:
+        return _vouched_for(builder, mask)
     if found is None:
         shape = "[" + ", ".join(map(str, shape_of(mask.node) or [])) + "]"
         raise Unread(
@@ -40,6 +42,26 @@ def boolean_mask(builder: Builder, mask: Mask) -> fx.Node:
             Reason.MASK,
         )
     return found
+
+
+def _vouched_for(builder: Builder, mask: Mask) -> fx.Node:
+    """A float mask that the user says is padding: that it holds zeros and large negatives alone is checked at each run."""
+    value = value_of(mask.node)
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise Unread("float_masks='padding' was given, but a mask is learned", Reason.MASK)
+    floor = FLOOR / mask.scale
+    fits = builder.call(
+        aten.logical_or.default,
+        builder.call(aten.eq.Scalar, mask.node, 0),
+        builder.call(aten.le.Scalar, mask.node, floor),
+    )
+    message = f"vmoba_compile: float_masks='padding', but a mask holds values other than 0 and at most {floor:g}"
+    builder.call(aten._assert_async.msg, builder.call(aten.all.default, fits), message)
+    kept = builder.call(aten.gt.Scalar, mask.node, floor / 2)
+    seeing = builder.call(aten.all.default, builder.call(aten.any.dim, kept, -1))
+    message = "vmoba_compile: float_masks='padding', but a mask hides every key from a query"
+    builder.call(aten._assert_async.msg, seeing, message)
+    return kept
 
 
 def as_bool(builder: Builder, node: fx.Node) -> fx.Node:

@@ -23,13 +23,15 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 class Builder:
     """Inserts nodes before ``at``, each with the example value that later passes and exporters expect.
 
-    ``writers`` are the nodes of the graph that write to a tensor; none is ever inserted.
+    ``writers`` are the nodes of the graph that write to a tensor; none is ever inserted. ``trusts_masks``: float masks on
+    scores hold zeros and large negatives.
     """
 
-    def __init__(self, graph: fx.Graph, at: fx.Node, writers: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, at: fx.Node, writers: Sequence[fx.Node], *, trusts_masks: bool = False) -> None:
         self.graph = graph
         self.at = at
         self.writers = writers
+        self.trusts_masks = trusts_masks
         self.added: list[fx.Node] = []
         self.key = "example_value" if "example_value" in at.meta else "val"
         # The mode that made the example values; during compilation another one is current.

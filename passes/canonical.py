@@ -55,9 +55,9 @@ class Spelled:
             node.graph.erase_node(node)
 
 
-def spell(reading: Reading, scope: Scope) -> Spelled:
+def spell(reading: Reading, scope: Scope, trusts_masks: bool) -> Spelled:
     """Insert the call. Raises :class:`Unread`, with the graph as it was, where the operator has no such attention."""
-    builder = Builder(scope.module.graph, reading.result, scope.writers)
+    builder = Builder(scope.module.graph, reading.result, scope.writers, trusts_masks=trusts_masks)
     with builder.attempt():
         return _spell(reading, scope, builder)
 

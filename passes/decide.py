@@ -26,7 +26,7 @@ from .masks import token_mask
 from .names import name_of
 from .recognise import AttentionCall
 from .report import Reason
-from .sizes import Size, add, multiply, same, shape_of, size_of, value_of
+from .sizes import Size, add, is_learned, multiply, same, shape_of, size_of, value_of
 from .tokens import (
     ROLES,
     Axes,
@@ -76,8 +76,12 @@ def decide(call: AttentionCall, scope: Scope, tracking: Tracking, grid: tuple[in
             return decision
         query = (*query[:2], key[2], query[3])
     obstacle = _obstacle(call, scope, query, key, value)
+    if obstacle is None and decision.layout is not None and is_learned(decision.layout.prefix, scope.lengths):
+        obstacle = Decision(
+            Reason.DYNAMIC_GRID, f"the video stands behind {decision.layout.prefix} tokens, counted by data"
+        )
     if obstacle is None and decision.layout is not None and decision.layout.order is not None:
-        obstacle = _not_gathered(decision.layout.order, query[2], call.node, scope)
+        obstacle = _not_gathered(decision.layout, decision.layout.order, call.node, scope)
     return obstacle or decision
 
 
@@ -94,11 +98,15 @@ def _among_more_keys(layout: Layout, missing: tuple[Size, Size], keys: Size) -> 
     return Decision(Reason.REWRITTEN, layout=replace(layout, prefix=prefix, suffix=suffix, missing=missing))
 
 
-def _not_gathered(order: Written | Transposed, tokens: Axis, node: fx.Node, scope: Scope) -> Decision | None:
+def _not_gathered(layout: Layout, order: Written | Transposed, node: fx.Node, scope: Scope) -> Decision | None:
     """What forbids to bring the video tokens into order."""
-    if not axis_size(tokens).static:
+    sizes = [*layout.grid, layout.prefix, layout.suffix, *layout.missing]
+    if isinstance(order, Written):
+        sizes += [order.first, order.start, order.whole]
+    if not all(size.static for size in sizes):
         return Decision(
-            Reason.DYNAMIC_GRID, "video tokens that are not in raster order have a symbolic size; use dynamic=False"
+            Reason.DYNAMIC_GRID,
+            "video tokens that are not in raster order stand among symbolic sizes; use dynamic=False",
         )
     if isinstance(order, Transposed):
         return None
@@ -316,14 +324,23 @@ def _same_samples(a: Axis, b: Axis) -> bool:
     Heads may be among them, from another projection for each of query, key and value.
     """
 
-    def samples(axis: Axis) -> list[Factor]:
-        return [f for f in factors(axis) if f.origin > Origin.CHANNELS or len(axis[0]) == 1 == len(axis)]
+    def is_heads(factor: Factor) -> bool:
+        return factor.origin is Origin.CHANNELS
 
-    if a == b or samples(a) == samples(b):
+    def is_input(axis: Axis) -> bool:
+        """A whole dimension of an input, beside heads."""
+        own = [f for f in factors(axis) if not is_heads(f)]
+        return len(own) == 1 and own[0].origin is Origin.INPUT and own[0].part is None and own[0].place is not None
+
+    pairs = list(zip(factors(a), factors(b), strict=False))
+    if len(a) != len(b) or any(len(x) != len(y) for x, y in zip(a, b, strict=True)):
+        return False
+    if any(is_heads(x) != is_heads(y) or not same(x.size, y.size) for x, y in pairs):
+        return False
+    own = [(x, y) for x, y in pairs if not is_heads(x)]
+    if all(x == y for x, y in own):
         return True
-    if all(f.origin is Origin.CHANNELS for f in (*factors(a), *factors(b))):
-        return True
-    return all(f.origin is Origin.INPUT and f.part is None for f in (*samples(a), *samples(b)))
+    return is_input(a) and is_input(b) and len({f.source for pair in own for f in pair}) == 2
 
 
 def _same_tokens(x: Segment, video: Segment) -> bool:
@@ -334,6 +351,7 @@ def _same_tokens(x: Segment, video: Segment) -> bool:
         raster is not None
         and known is not None
         and known.source == raster.source
+        and known.picked == video[0].picked
         and same(known.size, segment_size(video))
     )
 

@@ -15,7 +15,6 @@ from .tokens import (
     Axes,
     Axis,
     Factor,
-    Origin,
     axis_size,
     claims,
     factors,
@@ -63,7 +62,11 @@ def _evidence(scope: Scope, node: fx.Node, tracking: Tracking, graph: int) -> Ev
         return None
     others = unknowns(sizes, scope.label + node.name)
     kept = tuple(
-        ((Factor(ONE, MIXED, "an earlier graph"),),) if is_mixed(axis) else axis if claims(axis) else other
+        ((Factor(ONE, MIXED, "an earlier graph"),),)
+        if is_mixed(axis)
+        else axis
+        if all(map(_lasting, _all_factors(axis)))
+        else other
         for axis, other in zip(axes, others, strict=True)
     )
     sources = dict.fromkeys(factor.source for axis in kept for factor in _all_factors(axis) if factor.role)
@@ -102,10 +105,8 @@ def given(module: fx.GraphModule, handed: Handed) -> Given:
         )
         if len(sizes) != len(known) or not all(map(same, map(axis_size, known), sizes)):
             continue
-        own = unknowns(sizes, node.name, Origin.INPUT)
         found.axes[index] = tuple(
-            tuple(tuple(_renamed(factor, prefix) for factor in segment) for segment in axis) if claims(axis) else plain
-            for axis, plain in zip(known, own, strict=True)
+            tuple(tuple(_renamed(factor, prefix) for factor in segment) for segment in axis) for axis in known
         )
         found.told |= {prefix + source: f"{text}, before a graph break" for source, text in evidence.told}
     return found
@@ -116,4 +117,5 @@ def _renamed(factor: Factor, prefix: str) -> Factor:
     if part is not None:
         part = (tuple(_renamed(inner, prefix) for inner in part[0]), part[1])
     folded = None if factor.folded is None else prefix + factor.folded
-    return replace(factor, source=prefix + factor.source, part=part, folded=folded, place=None)
+    place = factor.place and factor.place._replace(tensor=prefix + factor.place.tensor)
+    return replace(factor, source=prefix + factor.source, part=part, folded=folded, place=place)

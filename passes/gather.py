@@ -35,7 +35,7 @@ def gather(builder: Builder, layout: Layout, key: fx.Node) -> Gathered:
     else:
         assert isinstance(layout.order, Written)
         order = _written(builder, layout, layout.order, counting, int(value.shape[2]))
-    empty = builder.call(aten.empty_like.default, order)
+    empty = builder.call(aten.zeros_like.default, order)
     return Gathered(order, builder.call(aten.scatter.src, empty, 0, order, counting))
 
 
@@ -62,8 +62,12 @@ def _written(builder: Builder, layout: Layout, order: Written, counting: fx.Node
         within = builder.call(aten.all.default, builder.call(aten.logical_and.default, least, most))
         message = f"vmoba_compile: video tokens were written outside of the {tokens} tokens that attend; use dense()"
         builder.call(aten._assert_async.msg, within, message)
+        index = builder.call(aten.clamp.default, index, 0, tokens - 1)
     taken = builder.call(aten.zeros_like.default, counting)
     taken = builder.call(aten.index_fill.int_Scalar, taken, 0, index, 1)
+    different = builder.call(aten.eq.Scalar, builder.call(aten.sum.default, taken), video)
+    message = "vmoba_compile: several video tokens were written to one place of a sequence; use dense()"
+    builder.call(aten._assert_async.msg, different, message)
     others = builder.call(operator.getitem, builder.call(aten.sort.stable, taken, stable=True), 1)
     others = builder.call(aten.slice.Tensor, others, 0, 0, tokens - video)
     return builder.call(aten.cat.default, [index, others])

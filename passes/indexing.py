@@ -11,7 +11,7 @@ from torch import fx
 
 from .op import Op
 from .sizes import Lengths, Size, add, learn_length, replaced, size_of, subtract, value_of
-from .tokens import UNIT, Axes, Axis, axis_size, cut, join, mixed, written
+from .tokens import UNIT, Axes, Axis, axis_size, cut, join, mixed, pick, written
 
 SLICES = ("getitem", "slice", "narrow", "select")
 IndexMap = list[tuple[int | None, builtins.slice | None]]
@@ -73,7 +73,7 @@ def _mapped(op: Op, mapping: IndexMap) -> Axes:
         if length is not None:  # one counted from the end, such as of x[:, -n:], is n unless n is zero
             learn_length(op.sizes[dim], length, op.lengths)
     sizes = op.sizes
-    return tuple(
+    found: Axes = tuple(
         UNIT
         if source is None
         else axes[source]
@@ -81,6 +81,22 @@ def _mapped(op: Op, mapping: IndexMap) -> Axes:
         else slice_axis(axes[source], item, sizes[dim], f"{op.label}[{dim}]", op.lengths)
         for dim, (source, item) in enumerate(mapping)
     )
+    for source, index in _dropped(op, len(axes), {source for source, _ in mapping}):
+        found = pick(found, axes[source], index)
+    return found
+
+
+def _dropped(op: Op, rank: int, kept: set[int | None]) -> list[tuple[int, object]]:
+    """Dimensions of which one position was taken, and that position."""
+    gone = [dim for dim in range(rank) if dim not in kept]
+    if op.name == "getitem":
+        index = op.arg(1)
+        items = list(index) if isinstance(index, tuple) else [index]
+        numbers = [item for item in items if isinstance(item, (int, fx.Node)) and not isinstance(item, bool)]
+        return (
+            list(zip(gone, numbers, strict=False)) if len(numbers) == len(gone) else [(dim, op.label) for dim in gone]
+        )
+    return [(dim, op.arg(2, "index")) for dim in gone]
 
 
 def indexed(op: Op) -> Axes:

@@ -15,8 +15,8 @@ from .tokens import (
     Raster,
     Segment,
     axis_size,
+    claims,
     cut,
-    is_mixed,
     raster_of,
     segment_size,
 )
@@ -145,7 +145,7 @@ def in_packed(tokens: Axis, grid: tuple[Size, Size, Size] | None) -> Video | Non
         found = [
             (write.index, NOTHING, Raster(grid, write.tokens[0][0].source))
             for write in whole.writes
-            if same(axis_size(write.tokens), video) and not is_mixed(write.tokens)
+            if same(axis_size(write.tokens), video) and not claims(write.tokens)
         ]
         found = found if len(found) == 1 else []
     best = main_grid([raster for *_, raster in found]) if found else None

@@ -10,7 +10,7 @@ from torch import fx
 
 from .builder import Builder
 from .effects import is_disturbed
-from .indexing import SLICES, index_map
+from .indexing import index_map
 from .reading import argument, called
 from .sizes import ONE, memory_of, same, shape_of, value_of
 
@@ -21,6 +21,7 @@ _COPIES = frozenset(["to", "bool", "contiguous", "clone", "_to_copy", "alias", "
 _ALIKE = _COPIES | {"logical_not", "bitwise_not", "invert"}
 _BOTH = _ANDS | {"bitwise_or", "logical_or", "ge", "gt", "le", "lt", "eq", "ne"}
 _EXPANDS = frozenset(["expand", "expand_as", "broadcast_to", "repeat", "tile"])
+_SPLITS = frozenset(["view", "reshape", "unflatten"])
 _SWAPS = frozenset(["transpose", "swapaxes", "swapdims", "mT", "permute"])
 _MADE = _BOTH | _ALIKE | _EXPANDS | _SWAPS | {"unsqueeze"}
 
@@ -105,11 +106,31 @@ def is_constant(node: fx.Node, dim: int, until: fx.Node, writers: Writers) -> bo
             return False
         place = new % len(sizes) - len(sizes)
         return dim == place or is_constant(given, dim + 1 if dim < place else dim, node, writers)
-    if name in SLICES and name == "getitem":
+    if name == "squeeze" and rank == len(sizes) + 1 and isinstance(gone := argument(node, 1, "dim"), int):
+        return is_constant(given, dim if dim > gone % rank - rank else dim - 1, node, writers)
+    if name in _SPLITS:
+        return _is_constant_split(node, given, dim, writers)
+    if name == "getitem":
         mapping = index_map(rank, node.args[1])
         source = mapping[dim][0] if mapping is not None and len(mapping) == len(sizes) else None
         return source is not None and is_constant(given, source - rank, node, writers)
     return False
+
+
+def _is_constant_split(node: fx.Node, given: fx.Node, dim: int, writers: Writers) -> bool:
+    """One dimension seen as two: the inner one is constant where each entry was repeated so many times, as for heads."""
+    sizes, inner = shape_of(node) or [], shape_of(given) or []
+    rank = len(inner)
+    split = next((i for i, (x, y) in enumerate(zip(inner, sizes, strict=False)) if not same(x, y)), rank - 1)
+    if len(sizes) != rank + 1 or not all(map(same, inner[split + 1 :], sizes[split + 2 :])):
+        return False
+    if dim >= split + 1 - rank:  # behind what is split
+        return is_constant(given, dim, node, writers)
+    if dim == split - rank and called(given) == "repeat_interleave" and not is_disturbed([given], given, node, writers):
+        times, along = argument(given, 1, "repeats"), argument(given, 2, "dim")
+        if isinstance(along, int) and along % rank == split and times == sizes[split + 1].expr:
+            return True
+    return dim in (split - rank, split - rank - 1) and is_constant(given, split - rank, node, writers)
 
 
 def _source_dim(node: fx.Node, dim: int, rank: int) -> int | None:
@@ -195,7 +216,7 @@ def _together(builder: Builder, terms: list[fx.Node], batch: object, tokens: obj
 
 def erase_unused(mask: fx.Node) -> None:
     """Take out a mask that nothing uses any more, and what it alone was combined from."""
-    if mask.users or called(mask) not in _MADE or "out" in mask.kwargs:
+    if mask._erased or mask.users or called(mask) not in _MADE or "out" in mask.kwargs:
         return
     given = mask.all_input_nodes
     mask.graph.erase_node(mask)

@@ -13,19 +13,33 @@ from .gather import gather
 from .layout import Layout
 from .masks import erase_unused, over_keys, over_queries, token_mask
 from .recognise import AttentionCall
-from .sizes import shape_of, value_of
+from .sizes import multiply, shape_of, value_of
 
 aten = torch.ops.aten
 SELECT = torch.ops.vmoba.select.default
 ATTENTION = torch.ops.vmoba.attention.default
 
 
-def numbers(builder: Builder, layout: Layout) -> list[Number] | None:
-    """Grid, prefix and suffix as graph arguments, None where a symbolic size cannot be had at this place."""
-    sizes = (*layout.grid, layout.prefix, layout.suffix, *layout.missing)
+def numbers(builder: Builder, layout: Layout, query: fx.Node) -> list[Number] | None:
+    """Grid, prefix and suffix as graph arguments, None where a symbolic size cannot be had at this place.
+
+    A suffix that is a symbol is what the queries have beside the rest: right whatever its symbol stands for.
+    """
+    sizes = (*layout.grid, layout.prefix, *layout.missing)
     if any(builder.find(size) is None for size in sizes):
         return None
-    return [builder.number(size) for size in sizes[:5]]
+    found = [builder.number(size) for size in sizes[:4]]
+    if layout.suffix.static:
+        return [*found, layout.suffix.hint]
+    rest: Number = builder.call(aten.sym_size.int, query, 2)
+    if all(size.static for size in layout.grid):
+        taken: list[Number] = [multiply(list(layout.grid)).hint]
+    else:
+        rows = builder.call(operator.mul, found[0], found[1])
+        taken = [builder.call(operator.mul, rows, found[2])]
+    for number in (*taken, found[3]):
+        rest = builder.call(operator.sub, rest, number)
+    return [*found, rest]
 
 
 def replace_attention(
@@ -48,7 +62,8 @@ def replace_attention(
     gathered = None if layout.order is None else gather(builder, layout, key)
     if gathered is not None:
         query, key, value = (builder.call(aten.index_select.default, x, 2, gathered.order) for x in (query, key, value))
-        if call.mask is not None:
+        held = value_of(mask)
+        if isinstance(held, torch.Tensor) and held.dim() == 2:
             mask = builder.call(aten.index_select.default, mask, 1, gathered.order)
     *grid, prefix, suffix = sizes
     places = (*grid, *block, prefix, suffix)

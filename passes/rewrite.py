@@ -42,6 +42,8 @@ class Policy(Protocol):
     @property
     def granularity(self) -> str: ...
     @property
+    def float_masks(self) -> str: ...
+    @property
     def dense_layers(self) -> tuple[int, ...]: ...
 
     def least_tokens(self, device_type: str) -> int:
@@ -86,7 +88,7 @@ def rewrite_one(
     tracking = track(gm, lambda node: spelling(node) is not None, given(gm, handed) if handed else None)
     told = hand_over(tracking.top, tracking, number)
     keys = site_keys((module_path(node), source_line(node)) for _, node in tracking.order)
-    plan = [_plan(scope, node, tracking, grid) for scope, node in tracking.order]
+    plan = [_plan(scope, node, tracking, grid, config.float_masks == "padding") for scope, node in tracking.order]
     report = Report()
     for key, found in zip(keys, plan, strict=True):
         report.sites.append(_carry_out(found, config, layers, key))
@@ -108,10 +110,10 @@ class _Found:
     spelled: Spelled | None = None
 
 
-def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None) -> _Found:
+def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None, trusts_masks: bool) -> _Found:
     """Read the attention and prove it; a spelling of its own stays in the graph only where it will be used."""
     try:
-        call, spelled = _read(scope, node)
+        call, spelled = _read(scope, node, trusts_masks)
     except Unread as unread:
         return _Found(scope, node, Decision(unread.reason, unread.detail))
     decision = decide(call, scope, tracking, grid)
@@ -133,7 +135,7 @@ def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None) 
     return _Found(scope, node, decision, call, spelled)
 
 
-def _read(scope: Scope, node: fx.Node) -> tuple[AttentionCall, Spelled | None]:
+def _read(scope: Scope, node: fx.Node, trusts_masks: bool) -> tuple[AttentionCall, Spelled | None]:
     """The attention as one call over [batch, heads, tokens, head_dim]; :class:`Unread` where it cannot be read."""
     name = spelling(node)
     call = attention_call(node) if name == SDPA else None
@@ -144,7 +146,7 @@ def _read(scope: Scope, node: fx.Node) -> tuple[AttentionCall, Spelled | None]:
     if name in MODULES:
         spelled = spell_module(node, scope)
     else:
-        spelled = spell(read(node) if name in ("softmax", "exp") else read_call(node), scope)
+        spelled = spell(read(node) if name in ("softmax", "exp") else read_call(node), scope, trusts_masks)
     call = attention_call(spelled.call)
     assert call is not None
     return call, spelled
@@ -189,7 +191,7 @@ def _apply(
     if layer in config.dense_layers:
         return Site(reason=Reason.DENSE_LAYER, detail=f"layer {layer} is in dense_layers", **facts)
     builder = Builder(found.scope.module.graph, call.node, found.scope.writers)
-    sizes = numbers(builder, layout)
+    sizes = numbers(builder, layout, call.query)
     if sizes is None:
         return Site(
             reason=Reason.DYNAMIC_GRID,

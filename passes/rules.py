@@ -34,8 +34,10 @@ from .tokens import (
     merged_grid,
     mixed,
     ordered,
+    pick,
     reshape,
     unknown,
+    unpicked,
 )
 
 
@@ -172,7 +174,10 @@ def stack(op: Op) -> Axes:
     along = op.dim(1, len(op.sizes))
     rest = [size for dim, size in enumerate(op.sizes) if dim != along]
     axes = list(join_all(parts, rest, op.label))
-    axes.insert(along, unknown(op.sizes[along], f"{op.label}[{along}]"))
+    for dim, size in enumerate(rest):
+        if len({unpicked(part[dim]) for part in parts if len(part) == len(rest) and claims(part[dim])}) > 1:
+            axes[dim] = mixed([part[dim] for part in parts], size, f"{op.label}[{dim}]")  # of several videos
+    axes.insert(along, unknown(op.sizes[along], f"{op.label}[{along}]", Origin.CHANNELS))
     return tuple(axes)
 
 
@@ -185,9 +190,9 @@ def pieces(op: Op) -> Result:
     unbind = op.name == "unbind"
     dim = op.dim(1 if unbind else 2, len(axes))
     start, result = Size(0, 0), []
-    for value in values:
+    for index, value in enumerate(values):
         if unbind:
-            result.append((*axes[:dim], *axes[dim + 1 :]))
+            result.append(pick((*axes[:dim], *axes[dim + 1 :]), axes[dim], index))
             continue
         length = size_of(value.shape[dim])
         result.append((*axes[:dim], cut(axes[dim], start, length, op.label), *axes[dim + 1 :]))
@@ -291,7 +296,8 @@ def patch_embedding(op: Op) -> Axes:
     """A convolution over (frames, rows, columns) or (rows, columns) makes a grid out of its last axes.
 
     One inside the model, over axes that are a grid already and keep their sizes, leaves them what they are; one that
-    shrinks them makes a new grid; one over windows or reordered tokens makes none.
+    shrinks them, or is over pixels that a grid was taken apart into, makes a new grid; one over windows or reordered tokens
+    makes none.
     """
     roles = ROLES if op.name == "conv3d" else ROLES[1:]
     axes, sizes = op.tokens(), op.sizes
@@ -300,7 +306,9 @@ def patch_embedding(op: Op) -> Axes:
     spatial = list(zip(axes[2:], sizes[2:], roles, strict=True))
     old = [axis for axis, *_ in spatial if claims(axis)]
     kept = [claims(axis) and same(axis_size(axis), size) for axis, size, _ in spatial]
-    if any(is_mixed(axis) for axis in axes) or any(len(axis) > 1 or len(axis[0]) > 1 for axis in old):
+    if not all(kept) and all(_is_image_axis(axis, role) for axis, _, role in spatial):
+        made = [grid_axis(size, role, op.label) for _, size, role in spatial]
+    elif any(is_mixed(axis) for axis in axes) or any(len(axis) > 1 or len(axis[0]) > 1 for axis in old):
         made = [
             axis if keep else mixed(axes, size, f"{op.label}[{role}]")
             for keep, (axis, size, role) in zip(kept, spatial, strict=True)
@@ -314,6 +322,13 @@ def patch_embedding(op: Op) -> Axes:
         made = [grid_axis(size, role, op.label) for _, size, role in spatial]
     batch = fold(axes[0], op.label) if op.name == "conv2d" and not any(kept) else axes[0]
     return (batch, unknown(sizes[1], f"{op.label}[1]", Origin.CHANNELS), *made)
+
+
+def _is_image_axis(axis: Axis, role: str) -> bool:
+    """True for frames, rows or columns of a grid that were taken apart into pixels again, in order."""
+    if len(axis) != 1 or not axis[0] or axis[0][0].role != role:
+        return False
+    return all(f.role is None and f.part is None and f.origin is Origin.CHANNELS for f in axis[0][1:])
 
 
 def complex_view(op: Op) -> Axes:

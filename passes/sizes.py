@@ -59,6 +59,12 @@ def learn_length(found: Size, expected: Size, lengths: Lengths) -> None:
         lengths[found.expr] = expected
 
 
+def is_learned(size: Size, lengths: Lengths) -> bool:
+    """True where the size rests on lengths that are known from elsewhere: zero and clamped ones are other sizes."""
+    symbols = {symbol for known in lengths.values() for symbol in sympy.sympify(known.expr).free_symbols}
+    return not size.static and not symbols.isdisjoint(sympy.sympify(size.expr).free_symbols)
+
+
 def multiply(sizes: list[Size]) -> Size:
     return _normal(prod((s.expr for s in sizes), start=sympy.Integer(1)), prod(s.hint for s in sizes))
 

@@ -57,6 +57,7 @@ class Factor:
     part: tuple[Segment, Size] | None = None  # a cut of that segment, starting at that position
     folded: str | None = None  # the conv2d grid over whose batch it runs: these may be its frames
     place: Place | None = None
+    picked: tuple[str, ...] = ()  # the one position of other dimensions at which these were taken, as x[:, 0] does
     writes: tuple[Write, ...] = ()  # what a packed sequence is made of
     readings: tuple[Axis, ...] = ()  # of mixed tokens: two readings of their grid that disagree
 
@@ -165,6 +166,8 @@ def join(a: Axis, b: Axis, source: str) -> Axis:
         return a
     if axis_size(a) == ONE:
         return b
+    if unpicked(a) == unpicked(b):  # such as tokens and what was read off one of them
+        return b if any(f.picked for f in factors(a)) and not any(f.picked for f in factors(b)) else a
     placed_a, placed_b = (claims(axis) and not is_mixed(axis) for axis in (a, b))
     if placed_a and placed_b:
         if _like(a, b):
@@ -210,7 +213,8 @@ def _positioned(tokens: Axis, table: Axis) -> Axis:
     segment = tokens[0]
     if len(tokens) != 1 or len(segment) != 1 or segment[0].part is not None or raster_of(table[0]) is None:
         return tokens
-    return (tuple(replace(f, source=segment[0].source, origin=Origin.OPERATOR) for f in table[0]),)
+    source, picked = segment[0].source, segment[0].picked
+    return (tuple(replace(f, source=source, origin=Origin.OPERATOR, picked=picked) for f in table[0]),)
 
 
 def _like(a: Axis, b: Axis) -> bool:
@@ -241,6 +245,28 @@ def _knowledge(axis: Axis) -> tuple[bool, bool, int, int]:
     return is_packed(axis), folded, len(axis), min(origins, default=Origin.CONSTANT)
 
 
+def pick(axes: Sequence[Axis], dropped: Axis, index: object) -> Axes:
+    """What is left of the axes at one position of a dimension that was dropped: not what it is at another position.
+
+    Channels hold the same tokens at each; what was expanded holds the same in all.
+    """
+    kinds = {f.origin for f in factors(dropped)}
+    if axis_size(dropped) == ONE or kinds <= {Origin.CHANNELS, Origin.CONSTANT}:
+        return tuple(axes)
+    mark = f"{describe(dropped)}={index}"
+    return tuple(
+        tuple(
+            tuple(f if f.origin <= Origin.CHANNELS else replace(f, picked=(*f.picked, mark)) for f in segment)
+            for segment in axis
+        )
+        for axis in axes
+    )
+
+
+def unpicked(axis: Axis) -> Axis:
+    return tuple(tuple(replace(f, picked=()) for f in segment) for segment in axis)
+
+
 def is_packed(axis: Axis) -> bool:
     """True where tokens were written by index into the sequence, or into one that this was cut from."""
     return any(f.writes or (f.part is not None and is_packed((f.part[0],))) for f in factors(axis))
@@ -255,11 +281,23 @@ def written(axis: Axis, tokens: Axis, index: fx.Node, source: str) -> Axis:
     return ((Factor(axis_size(axis), None, source, writes=(*before, Write(tokens, index))),),)
 
 
+def _holds_tokens(axis: Axis) -> bool:
+    return claims(axis) and not _is_table(axis) and axis_size(axis) != ONE
+
+
 def join_all(operands: Sequence[Axes], sizes: Sequence[Size], source: str) -> Axes:
-    """Broadcast elementwise operands to the result's sizes."""
+    """Broadcast elementwise operands to the result's sizes.
+
+    Tokens that are one wide in a dimension are the same ones all over the result's: no longer those of its samples.
+    """
+    tokens = [axes for axes in operands if any(map(_holds_tokens, axes))]
     result = []
     for dim, size in enumerate(sizes):
         axis: Axis = UNIT
+        places = [dim - (len(sizes) - len(axes)) for axes in tokens]
+        if places and size != ONE and all(i < 0 or axis_size(x[i]) == ONE for i, x in zip(places, tokens, strict=True)):
+            result.append(unknown(size, f"{source}[{dim}]"))
+            continue
         for axes in operands:
             index = dim - (len(sizes) - len(axes))
             if index >= 0:

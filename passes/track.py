@@ -242,13 +242,12 @@ def type_nodes(scope: Scope, nodes: Iterable[fx.Node]) -> None:
 
 def _written(node: fx.Node, name: str) -> list[fx.Node]:
     """Tensors that an operator without a rule writes to, as its schema or its name tells."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        if not node.target._schema.is_mutable:
-            return []
-        return node.all_input_nodes[:1] if name.endswith("_") else node.all_input_nodes
+    if not mutates(node):
+        return []
     if name.endswith("_"):
         return node.all_input_nodes[:1]
-    return node.all_input_nodes if name == "triton_kernel_wrapper_mutation" or "::" in name else []
+    known = isinstance(node.target, torch._ops.OpOverload)
+    return node.all_input_nodes if known or name == "triton_kernel_wrapper_mutation" or "::" in name else []
 
 
 def _fitting(op: Op, axes: Axes) -> Axes:

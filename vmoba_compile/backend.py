@@ -112,7 +112,7 @@ class Rewriter:
         if self.ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
             self.ran.append(version.report)
         if self.handover is not None and isinstance(outputs, (tuple, list)):
-            self.handover.note(outputs, version.told)
+            self.handover.note(inputs, outputs, version.told)
 
     def _take(self, found: Report) -> None:
         """The report tells of the graph that ran last: one of several sizes, or of training and inference."""
@@ -132,7 +132,7 @@ class _Graph:
 
     def __init__(self, rewriter: Rewriter, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         known = rewriter.handover
-        handed = numbered([known.of(x) if known else None for x in inputs])
+        handed = numbered([None if known is None else known.of(x) for x in inputs])
         self.rewriter = rewriter
         self.places = [place for place, evidence in enumerate(handed) if evidence is not None]
         self.plain = copied(gm) if self.places else None
@@ -147,22 +147,21 @@ class _Graph:
 
     def _read(self, inputs: Sequence[Any]) -> Handed:
         known = self.rewriter.handover
-        return numbered([known.of(inputs[place]) if known else None for place in self.places])
+        return numbered([None if known is None else known.of(inputs[place]) for place in self.places])
 
     def _version(self, inputs: Sequence[Any]) -> _Version:
         read = self._read(inputs)
-        if read not in self.versions:
-            assert self.plain is not None
-            handed: list[Evidence | None] = [None] * len(inputs)
-            for place, evidence in zip(self.places, read, strict=True):
-                handed[place] = evidence
-            if any(isinstance(x, int) for x in inputs):  # sizes that are symbols in the graph
-                warn(
-                    "vmoba_compile: a graph after a graph break ran dense: its grid changed; compile with dynamic=False"
-                )
-                self.versions[read] = _Version(self.plain.forward, Report(), [])
-            else:
-                self.versions[read] = self.rewriter.compile(copied(self.plain), inputs, tuple(handed))
+        if read in self.versions:
+            return self.versions[read]
+        handed: list[Evidence | None] = [None] * len(inputs)
+        for place, evidence in zip(self.places, read, strict=True):
+            handed[place] = evidence
+        assert self.plain is not None
+        if any(isinstance(x, int) for x in inputs):  # sizes that are symbols in the graph
+            warn("vmoba_compile: a graph after a graph break ran dense: its grid changed; compile with dynamic=False")
+            self.versions[read] = _Version(self.plain.forward, Report(), [])
+        else:
+            self.versions[read] = self.rewriter.compile(copied(self.plain), inputs, tuple(handed))
         return self.versions[read]
 
 

@@ -16,6 +16,8 @@ from .kernels.api import check_selection
 AUTO_MIN_TOKENS = {"cpu": 7480, "cuda": 10601}
 AUTO_MIN_TOKENS_OTHER = 8192
 
+FLOAT_MASKS = ("dense", "padding")
+
 BlockSpec = Mapping[str, Any]
 
 
@@ -34,6 +36,9 @@ class VMoBAConfig:
             Schemes left out keep their default.
         granularity: "token", the paper's selection per query token, or "tile", one selection for every tile of up to 128
             neighbouring queries of a box by their mean: not the paper's exact rule, less work (see ``select``).
+        float_masks: what masks in floating point are that the graph does not build from a bool mask: "dense", unknown, so
+            that their attention stays dense; or "padding", zeros and values of at most -10,000, which is checked at each
+            run without waiting for the device (a RuntimeError on a CPU, a device-side assertion on a GPU).
         dense_steps: first denoising steps that ``schedule`` keeps dense, a fraction (float) or a count (int).
         dense_layers: layer numbers kept dense.
         min_tokens: shorter sequences stay dense; "auto" takes the crossover of the device.
@@ -48,6 +53,7 @@ class VMoBAConfig:
     topk: int | None = None
     blocks: BlockSpec | None = None
     granularity: str = "token"
+    float_masks: str = "dense"
     dense_steps: float | int = 0.25
     dense_layers: tuple[int, ...] = ()
     min_tokens: int | str = "auto"
@@ -56,6 +62,10 @@ class VMoBAConfig:
         check_selection(
             pool=self.pool, mode=self.mode, threshold=self.threshold, topk=self.topk, granularity=self.granularity
         )
+        if self.float_masks not in FLOAT_MASKS:
+            raise ValueError(
+                f"float_masks must be one of {', '.join(map(repr, FLOAT_MASKS))}, not {self.float_masks!r}"
+            )
         object.__setattr__(self, "threshold", float(self.threshold))
         if self.blocks is not None:
             object.__setattr__(self, "blocks", MappingProxyType(_checked_blocks(self.blocks)))

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .passes.evidence import Evidence
 
 
 class Handover:
-    """Tensors that the graphs of one call of the model have returned, by identity, unless written to since."""
+    """Tensors that graphs have returned, by identity, unless written to since.
+
+    Only those of the same call of the model count: what it returned before may be anything when it comes back.
+    """
 
     def __init__(self) -> None:
         self._known = WeakIdKeyDictionary()
+        self._runs = 0
 
-    def clear(self) -> None:
-        """At the beginning of a call: what a model returned before may be anything when it comes back."""
+    def begin(self) -> None:
+        """A call of the model begins."""
         self._known.clear()
 
-    def note(self, outputs: Sequence[object], told: Sequence[Evidence | None]) -> None:
-        for output, evidence in zip(outputs, told, strict=True):
-            version = _version(output)
-            if isinstance(output, torch.Tensor) and version is not None:
-                if evidence is not None:
-                    self._known[output] = (evidence, version)
+    def note(self, inputs: Sequence[object], outputs: Sequence[object], told: Sequence[Evidence | None]) -> None:
+        """A graph ran. Its evidence is about the tensors of this run, and none is kept of tensors that share memory."""
+        if not any(told) and not self._known:
+            return
+        self._runs += 1
+        shared = Counter(map(_memory, {id(x): x for x in (*inputs, *outputs)}.values()))
+        for output, evidence in zip(outputs, told, strict=False):
+            if isinstance(output, torch.Tensor):
+                if evidence is not None and shared[_memory(output)] == 1 and _state(output) is not None:
+                    self._known[output] = (replace(evidence, graph=self._runs), _state(output))
                 else:
                     self._known.pop(output, None)
 
@@ -35,18 +46,21 @@ class Handover:
         """What is known of a tensor."""
         if not isinstance(value, torch.Tensor) or value not in self._known:
             return None
-        evidence, version = self._known[value]
-        return evidence if version == _version(value) else None
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
+        evidence, state = self._known[value]
+        return evidence if state == _state(value) else None
 
 
-def _version(value: object) -> int | None:
-    """Counts writes; None where they are not counted, as in inference mode."""
-    if not isinstance(value, torch.Tensor) or value.is_inference():
+def _memory(value: object) -> int | None:
+    """A number for the memory that a tensor lies in."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and value.layout is torch.strided else None
+
+
+def _state(value: torch.Tensor) -> tuple[int, ...] | None:
+    """What changes when a tensor is written to; None where writes are not counted, as in inference mode."""
+    if value.is_inference():
         return None
-    return value._version
+    address = 0 if isinstance(value, FakeTensor) or value.device.type == "meta" else value.data_ptr()
+    return (value._version, address, int(value.storage_offset()), *map(int, value.stride()))
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:

@@ -105,12 +105,13 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         kwargs = settings["compile_kwargs"]
         compiler = inner_compiler(settings["inner"], kwargs.get("mode"), kwargs.get("options"))
-        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"], handover=Handover())
+        handover = Handover()
+        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"], handover=handover)
         sparse = compile_with(model, rewriter, kwargs)
         super().__init__(model, sparse.dynamo_ctx)
         dense = compile_with(model, compiler, kwargs)
         # Plain attributes would be set on the wrapped model.
-        object.__setattr__(self, "_vmoba", _State(settings, rewriter, self.forward, dense.forward))
+        object.__setattr__(self, "_vmoba", _State(settings, rewriter, handover, self.forward, dense.forward))
         # Under an outer torch.compile the graphs made here must still run, not be traced through as plain dense code.
         self.forward = torch.compiler.disable(self._call, recursive=False)
 
@@ -119,7 +120,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         rewriter = state.rewriter
         ran: list[Report] = []
         rewriter.ran = ran
-        rewriter.handover.clear()
+        state.handover.begin()
         try:
             with whole_graphs():
                 result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
@@ -201,9 +202,12 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
 class _State:
     """What an OptimizedModel holds beside the model."""
 
-    def __init__(self, settings: dict[str, Any], rewriter: Rewriter, sparse_forward: Any, dense_forward: Any) -> None:
+    def __init__(
+        self, settings: dict[str, Any], rewriter: Rewriter, handover: Handover, sparse_forward: Any, dense_forward: Any
+    ) -> None:
         self.settings = settings
         self.rewriter = rewriter
+        self.handover = handover
         self.sparse_forward = sparse_forward
         self.dense_forward = dense_forward
         self.dense = False

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import SPARSE, VideoAttention, compiled, dense, exported, raster_tokens, rewritten, verdicts, video
+from graphs import (
+    SPARSE,
+    VideoAttention,
+    compiled,
+    dense,
+    exported,
+    raster_tokens,
+    rewritten,
+    verdicts,
+    video,
+)
 from torch.nn import functional as F
 
 import vmoba_compile
@@ -264,3 +274,66 @@ def test_words_among_video_keys():
             return dense(q, k, v)
 
     assert verdicts(rewritten(Model(), video(*GRID), torch.randn(2, 9, 16))) == ["cross_attention"]
+
+
+# What is not known until the graph runs
+
+
+def test_two_tokens_at_one_place():
+    order = torch.cat([torch.arange(59), torch.tensor([58])])
+    fast = vmoba_compile.optimize(Packed(by_index_copy), SPARSE, inner="eager")
+    fast(video(*GRID), torch.randn(2, 11, 16), torch.arange(60), torch.arange(60, 71))
+    with pytest.raises(RuntimeError, match="several video tokens were written to one place"):
+        fast(video(*GRID), torch.randn(2, 11, 16), order, torch.arange(60, 71))
+
+
+def test_a_given_grid_does_not_overrule_an_order_that_is_known():
+    model = Packed(
+        lambda rows, *rest: by_index_copy(rows.unflatten(1, GRID).permute(0, 2, 3, 1, 4).flatten(1, 3), *rest)
+    )
+    inputs = (video(*GRID), torch.randn(2, 11, 16), SHUFFLED[:TOKENS], SHUFFLED[TOKENS:])
+    assert verdicts(rewritten(model, *inputs)) == ["not_raster"]
+    assert verdicts(rewritten(model, *inputs, grid=GRID)) == ["not_raster"]
+
+
+@pytest.mark.parametrize("order", ["time fastest", "raster"])
+@pytest.mark.parametrize("side", ["before", "behind", "around"])
+def test_a_number_of_words_read_from_a_tensor(side, order):
+    """Whatever the number, boxes are of the video tokens where they are, or the attention stays dense."""
+
+    class Model(VideoAttention):
+        def parts(self, words, count):
+            n = count.item()
+            head, tail = words[:, :n], words[:, -n:]
+            return {"before": (head, head[:, :0]), "behind": (tail[:, :0], tail), "around": (tail, head)}[side]
+
+        def tokens(self, x, words, count):
+            x = self.patch(x)
+            x = x.permute(0, 3, 4, 2, 1).flatten(1, 3) if order == "time fastest" else raster_tokens(x)
+            before, after = self.parts(words, count)
+            return torch.cat([before, x, after], 1)
+
+        def forward(self, *inputs):
+            return dense(*self.split(self.tokens(*inputs)))
+
+    model, (frames, rows, columns) = Model(), GRID
+    fast = vmoba_compile.optimize(model, SPARSE, inner="eager")
+    places = torch.arange(TOKENS)
+    if order == "time fastest":
+        places = places.view(rows, columns, frames).permute(2, 0, 1).flatten()
+    for count in (3, 5, 1, 7, 0, 9):
+        inputs = (video(*GRID), torch.randn(2, 7, 16), torch.tensor(count))
+        found, (site,) = fast(*inputs), vmoba_compile.report(fast)
+        if site.rewritten:
+            before, after = (part.shape[1] for part in model.parts(*inputs[1:]))
+            others = [*range(before), *range(before + TOKENS, before + TOKENS + after)]
+            wanted = sparse(
+                *model.split(model.tokens(*inputs)),
+                site,
+                torch.cat([places + before, torch.tensor(others, dtype=torch.long)]),
+            )
+        else:
+            assert site.reason.value == "dynamic_grid"
+            wanted = model(*inputs)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert site.rewritten or (side, order) != ("behind", "raster")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from graphs import SPARSE, VideoAttention, compiled, raster_tokens, rewritten, verdicts, video
+from graphs import EVERYTHING, SPARSE, VideoAttention, compiled, raster_tokens, rewritten, verdicts, video
 from torch.nn import functional as F
 
 import vmoba_compile
@@ -39,7 +41,13 @@ def rows(seen):
     return seen[:, None, None, :].repeat(1, 1, WHOLE, 1)
 
 
+def heads_folded(seen):
+    """[batch * heads, 1, tokens] seen as [batch, heads, 1, tokens]."""
+    return seen[:, None].repeat_interleave(2, dim=0).view(2, 2, 1, WHOLE)
+
+
 KEYS = {
+    "for each head, folded": heads_folded,
     "of one row": lambda seen: seen[:, None, None],
     "repeated": rows,
     "expanded": lambda seen: seen[:, None, None].expand(-1, 2, WHOLE, -1),
@@ -115,6 +123,7 @@ def written_between(seen):
 
 
 PAIRS = {
+    "of samples in turn": lambda seen: seen[:, None].repeat(2, 1, 1).view(2, 2, 1, WHOLE),
     "a band": band,
     "either": lambda seen: rows(seen) | rows(seen).mT,  # some queries see all keys
     "but for one pair": written,
@@ -130,3 +139,58 @@ PAIRS = {
 @pytest.mark.parametrize("spell", PAIRS.values(), ids=PAIRS.keys())
 def test_masks_over_pairs(spell):
     assert verdicts(rewritten(Joint(spell), *inputs(), both_forms=False)) == ["mask"]
+
+
+def float_mask(seen, low=-1e9):
+    return torch.zeros(seen.shape).masked_fill(~seen, low)[:, None, None]
+
+
+VOUCHED = dataclasses.replace(EVERYTHING, float_masks="padding")
+
+
+def by_hand(q, k, v, mask):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + mask, -1) @ v
+
+
+def dense_masked(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class FromOutside(VideoAttention):
+    def __init__(self, attend):
+        super().__init__(attend=attend)
+
+    def forward(self, x, words, mask):
+        return self.attend(*self.split(torch.cat([raster_tokens(self.patch(x)), words], 1)), mask)
+
+
+@pytest.mark.parametrize("attend", [dense_masked, by_hand], ids=["SDPA", "by hand"])
+def test_a_float_mask_from_outside(attend):
+    model = FromOutside(attend)
+    x, words, seen = inputs()
+    assert verdicts(rewritten(model, x, words, float_mask(seen))) == ["mask"]
+    assert verdicts(rewritten(model, x, words, float_mask(seen), config=VOUCHED, both_forms=False)) == ["rewritten"]
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, float("nan")])
+def test_a_float_mask_that_is_no_padding(value):
+    x, words, seen = inputs()
+    fast = vmoba_compile.optimize(FromOutside(dense_masked), VOUCHED, inner="eager")
+    fast(x, words, float_mask(seen))
+    with pytest.raises(RuntimeError, match="float_masks='padding', but a mask holds"):
+        fast(x, words, float_mask(seen, value))
+
+
+def test_a_learned_mask_is_no_padding():
+    class Model(FromOutside):
+        def __init__(self):
+            super().__init__(dense_masked)
+            self.bias = torch.nn.Parameter(torch.zeros(1, 1, 1, WHOLE))
+
+        def forward(self, x, words):
+            return super().forward(x, words, self.bias)
+
+    model, (x, words, _) = Model(), inputs()
+    fast = vmoba_compile.optimize(model, VOUCHED, inner="eager")
+    fast(x, words).square().sum().backward()
+    assert verdicts(vmoba_compile.report(fast)) == ["mask"] and model.bias.grad is not None

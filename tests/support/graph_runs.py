@@ -1,12 +1,12 @@
-"""What a graph on a :class:`graphs.Tape` computes, before and after the rewrite."""
+"""What a graph computes, gradients included, before and after the rewrite."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from graphs import EVERYTHING, Tape
-from torch import fx
+from graphs import EVERYTHING, Tape, VideoAttention, compiled
+from torch import fx, nn
 from vmoba_compile.passes import Report, rewrite
 from vmoba_compile.passes.sizes import value_of
 
@@ -78,3 +78,25 @@ def _run(gm: fx.GraphModule, tape: Tape, gradients: bool) -> Results:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         results += torch.autograd.grad(live, wanted, seeds, allow_unused=True)
     return [None if x is None else x.detach().float() for x in results]
+
+
+def several(*ways: Any, **kwargs: Any) -> VideoAttention:
+    """One model that attends in several ways, and returns all results: compiling takes longer than anything else."""
+    return VideoAttention(attend=lambda q, k, v, *more: [way(q, k, v, *more) for way in ways], **kwargs)
+
+
+def same_gradients(model: nn.Module, *inputs: torch.Tensor) -> Report:
+    """Compile the model, which returns a list; the gradients of its parameters must be what they were."""
+    wanted = _gradients(model, model(*inputs))
+    capture, outputs = compiled(model, *inputs)
+    found = _gradients(model, outputs)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-4 * largest(wanted[name]), rtol=1e-4)
+    return capture.report
+
+
+def _gradients(model: nn.Module, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    sum((x.float() * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in outputs).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -64,8 +64,8 @@ def optimized_ddp(model, device):
     return fast, fast
 
 
-def optimized_ddp_expecting_two(model, device):
-    fast = optimize(ddp(model, device, bucket_cap_mb=1), expect=2)
+def optimized_ddp_expecting_four(model, device):
+    fast = optimize(ddp(model, device, bucket_cap_mb=1), expect=LAYERS + 1)
     return fast, fast
 
 
@@ -115,7 +115,7 @@ CASES: dict[str, Make] = {
     "ddp_no_sync": ddp_of_optimized,
     "one_bucket_optimized_ddp": optimized_ddp,
     "wide_optimized_ddp": optimized_ddp,
-    "wide_optimized_ddp_expecting_two": optimized_ddp_expecting_two,
+    "wide_optimized_ddp_expecting_four": optimized_ddp_expecting_four,
     "wide_optimized_ddp_with_grid": optimized_ddp_with_grid,
     "wide_optimized_ddp_uncut": optimized_ddp_uncut,
     "fsdp_whole": fsdp_whole,

@@ -160,3 +160,75 @@ def test_outputs_that_come_back_are_new_inputs():
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert verdicts(vmoba_compile.report(fast)) == ["rewritten"]
     assert fast._vmoba.rewriter.graphs == 1
+
+
+class Two(Broken):
+    """Two results of the first graph, or of two runs of it; ``between`` runs on both."""
+
+    def __init__(self, parts, between=lambda *x: x):
+        super().__init__()
+        self.parts = parts
+        self.between = torch.compiler.disable(between)
+
+    def forward(self, *inputs):
+        first, second = self.between(*self.parts(self, *inputs))
+        (q, _, _), (_, k, v) = self.split(first), self.split(second)
+        return dense(q, k, v)
+
+
+def embedded(self, x):
+    return raster_tokens(self.patch(x))
+
+
+@torch.compiler.disable(recursive=False)
+def each(self, *inputs):
+    return [self.embed(x) for x in inputs]
+
+
+class Runs(Two):
+    def __init__(self):
+        super().__init__(each)
+
+    def embed(self, x):
+        return raster_tokens(self.patch(x))
+
+
+@torch.no_grad()
+def test_one_graph_that_ran_on_two_videos():
+    model, videos = Runs(), (video(), video())
+    fast = optimized(model, EVERYTHING)
+    torch.testing.assert_close(fast(*videos), model(*videos), atol=1e-5, rtol=1e-5)
+    assert "rewritten" not in verdicts(vmoba_compile.report(fast))
+
+
+SAMPLES = {
+    "flipped": lambda self, x: (x := embedded(self, x), x.flip(0)),
+    "halves": lambda self, x: (x := embedded(self, x), x)[1].clone().chunk(2),
+}
+
+
+@pytest.mark.parametrize("parts", SAMPLES.values(), ids=SAMPLES.keys())
+@torch.no_grad()
+def test_samples_after_a_break(parts):
+    model, x = Two(parts), video()
+    fast = optimized(model, EVERYTHING)
+    torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    assert "rewritten" not in verdicts(vmoba_compile.report(fast))
+
+
+def write_to_the_second(first, second):
+    second.copy_(second.clone().flip(1))
+    return first, first
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@torch.no_grad()
+def test_results_that_share_memory(inner):
+    """What is written to one of them is not counted for the other by every compiler."""
+    model, x = (
+        Two(lambda self, x: (x := embedded(self, x).contiguous(), x.view(2, 24, 16)), write_to_the_second),
+        video(),
+    )
+    fast = optimized(model, EVERYTHING, inner=inner)
+    torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    assert verdicts(vmoba_compile.report(fast)) == ["no_grid"]

@@ -349,7 +349,7 @@ _WARM = """
 import json, sys, torch, vmoba_compile
 from vmoba_compile.zoo import PRESETS
 torch.manual_seed(0)
-model, inputs = PRESETS["tiny-wan"].build(device="cpu")
+model, inputs = PRESETS["tiny-wan"].build(device="cpu", num_layers=1)
 fast = vmoba_compile.optimize(model.eval(), vmoba_compile.VMoBAConfig(min_tokens=0), fullgraph=True)
 with torch.no_grad():
     total = float(fast(**inputs).sample.double().square().sum())
@@ -368,5 +368,5 @@ def test_warm_cache_gives_the_same_report(tmp_path):
         for _ in range(2)
     )
     assert cold["hits"] == 0 and warm["hits"] > 0
-    assert warm["report"] == cold["report"] and len(cold["report"]["sites"]) == 6
+    assert warm["report"] == cold["report"] and len(cold["report"]["sites"]) == 2
     assert warm["total"] == cold["total"]

@@ -51,7 +51,7 @@ OUTCOMES: dict[str, Outcome] = {
     "mochi": Outcome(6, {"cross_attention": 1}),
     "mochi_batch_1": Outcome(3, {"cross_attention": 1}),
     "allegro": Outcome(3, {"cross_attention": 3}),
-    "allegro_masked": Outcome(0, {"cross_attention": 3, "mask": 3}, why="float mask that comes from outside"),
+    "allegro_masked": Outcome(3, {"cross_attention": 3}),
     "easyanimate": Outcome(3, {}),
     "cosmos_1": Outcome(3, {"cross_attention": 3}),
     "cosmos_2": Outcome(3, {"cross_attention": 3}),
