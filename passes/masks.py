@@ -124,6 +124,9 @@ def _is_constant_split(node: fx.Node, given: fx.Node, dim: int, writers: Writers
     split = next((i for i, (x, y) in enumerate(zip(inner, sizes, strict=False)) if not same(x, y)), rank - 1)
     if len(sizes) != rank + 1 or not all(map(same, inner[split + 1 :], sizes[split + 2 :])):
         return False
+    before = argument(given, 0, "input", "self")
+    if called(given) in _SPLITS | {"flatten"} and isinstance(before, fx.Node) and shape_of(before) == sizes:
+        return not is_disturbed([given], given, node, writers) and is_constant(before, dim, given, writers)
     if dim >= split + 1 - rank:  # behind what is split
         return is_constant(given, dim, node, writers)
     if dim == split - rank and called(given) == "repeat_interleave" and not is_disturbed([given], given, node, writers):

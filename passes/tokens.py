@@ -529,6 +529,30 @@ def _merged(segment: Segment, source: str) -> Segment:
     )
 
 
+def unpatched(axes: Axes) -> Raster | None:
+    """The grid that tokens of an input were taken apart into, to become the pixels of a five-dimensional video."""
+    for dims in _VIDEO_DIMS:
+        pieces = [_coarse(axes[dim]) for dim in dims] if len(axes) == 5 else []
+        if not pieces or None in pieces:
+            continue
+        frame, row, column = (piece for piece in pieces if piece)
+        source, _, frames = frame.source.rpartition("/")
+        inner = f"{source}%{multiply([row.size, column.size])}"
+        names = (f"{source}/{frame.size}", f"{inner}/{row.size}", f"{inner}%{column.size}")
+        if frames and names == (frame.source, row.source, column.source):
+            return Raster((frame.size, row.size, column.size), source)
+    return None
+
+
+def _coarse(axis: Axis) -> Factor | None:
+    """The tokens' part of an axis that is tokens and, within them, pixels made of channels."""
+    if len(axis) != 1 or not axis[0]:
+        return None
+    first, *fine = axis[0]
+    plain = first.role is None and first.part is None and first.origin is Origin.INPUT
+    return first if plain and all(f.origin is Origin.CHANNELS for f in fine) else None
+
+
 def describe(axis: Axis) -> str:
     """A short reading of an axis for messages, such as ``text[1]:77 + video 21x30x52``."""
     return " + ".join(_describe_segment(segment) for segment in axis)

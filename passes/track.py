@@ -26,15 +26,18 @@ from .tokens import (
     Axes,
     Axis,
     Origin,
+    Raster,
     axis_size,
     claims,
     factors,
+    grid_axis,
     join,
     mixed,
     ordered,
     splice,
     unknown,
     unknowns,
+    unpatched,
 )
 
 _PARAMETER = re.compile(r"^(l_self_|l__self__|p_|b_|c_|getattr_)|_(parameters|buffers)_", re.IGNORECASE)
@@ -85,7 +88,38 @@ def track(module: fx.GraphModule, wanted: Callable[[fx.Node], bool], given: Give
     """Types for the whole graph; ``wanted`` picks the nodes that are listed in ``order``."""
     tracking = Tracking(Scope(module), given or Given())
     _walk(tracking.top, tracking.given.axes, tracking, wanted)
+    found = _unpatched_inputs(tracking.top)
+    if found:  # what happens to the tokens at the end tells what they are from the beginning
+        inputs = tracking.given.axes | {place: axes for place, (axes, _) in found.items()}
+        tracking = Tracking(Scope(module), tracking.given)
+        tracking.grids |= {source: node for _, grids in found.values() for source, node in grids.items()}
+        _walk(tracking.top, inputs, tracking, wanted)
     return tracking
+
+
+def _unpatched_inputs(scope: Scope) -> dict[int, tuple[Axes, dict[str, fx.Node]]]:
+    """Inputs that are sequences of video tokens, as the graph's results show; by place, with that node for each source."""
+    rasters: dict[str, set[Raster]] = {}
+    nodes: dict[str, fx.Node] = {}
+    for node in scope.module.graph.output_node().all_input_nodes:
+        raster = unpatched(scope.axes_of(node) or ())
+        if raster is not None:
+            rasters.setdefault(raster.source, set()).add(raster)
+            nodes.setdefault(raster.source, node)
+    found = {}
+    for place, node in enumerate(n for n in scope.module.graph.nodes if n.op == "placeholder"):
+        axes = list(scope.axes_of(node) or ())
+        grids = {}
+        for dim, axis in enumerate(axes):
+            source = axis[0][0].source if len(axis) == 1 and len(axis[0]) == 1 else ""
+            if len(rasters.get(source, ())) == 1:
+                (raster,) = rasters[source]
+                pieces = zip(raster.sizes, ROLES, strict=True)
+                axes[dim] = (tuple(grid_axis(size, role, source)[0][0] for size, role in pieces),)
+                grids[source] = nodes[source]
+        if grids:
+            found[place] = (tuple(axes), grids)
+    return found
 
 
 def subgraph_calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, list[tuple[int, fx.GraphModule]]]]:

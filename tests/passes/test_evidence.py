@@ -198,3 +198,45 @@ def test_several_axes_folded_into_the_batch():
             return attend(*self.split(F.pad(x, (0, 13))))
 
     assert verdicts(rewritten(Model(), video(3, 2, 2))) == ["factorised"]
+
+
+class Unpatched(nn.Module):
+    """Tokens come as a sequence; ``back(pixels)`` makes a video of [batch, tokens, 12]."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.split, self.out, self.back = VideoAttention().split, nn.Linear(16, 12), back
+
+    def forward(self, x):
+        x = x + dense(*self.split(x)).transpose(1, 2).flatten(2)
+        return self.back(self.out(x))
+
+
+def pixels(x, sizes=GRID):
+    x = x.reshape(2, *sizes, 1, 2, 2, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [pixels, lambda x: pixels(x).transpose(1, 2), lambda x: x.unflatten(1, GRID)],
+    ids=["channels first", "frames first", "unflatten"],
+)
+def test_what_the_output_is_taken_apart_into(back):
+    assert only(rewritten(Unpatched(back), torch.randn(2, 24, 16))).grid == GRID
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        lambda x: (pixels(x), pixels(x, (4, 3, 2))),
+        lambda x: pixels(x).permute(0, 1, 3, 2, 4),
+        lambda x: x.unflatten(1, GRID).transpose(1, 3),
+        lambda x: x.reshape(2, 2, 3, 4, 12)[:, :, :, :, None],
+        lambda x: x.unflatten(1, (6, 4)),
+        lambda x: x.flip(1).unflatten(1, GRID),
+    ],
+    ids=["in two ways", "rows first", "columns first", "six dimensions", "rows and columns", "flipped"],
+)
+def test_outputs_that_show_no_grid(back):
+    assert verdicts(rewritten(Unpatched(back), torch.randn(2, 24, 16))) == ["no_grid"]

@@ -34,8 +34,7 @@ class Opaque(VideoAttention):
 def test_multi_head_attention(batch_first, training, masked, weights):
     module = nn.MultiheadAttention(16, 2, batch_first=batch_first)
     model = Opaque(module, need_weights=weights).train(training)
-    # Exported without weights, the mask is copied for every head before it reaches the attention: it stays dense.
-    report = rewritten(model, video(), *([KEEP] if masked else []), both_forms=weights or not masked)
+    report = rewritten(model, video(), *([KEEP] if masked else []))
     assert verdicts(report) == ["rewritten"], str(report)
 
 
@@ -113,7 +112,7 @@ def test_encoder_layer_with_padding():
             return self.layer(raster_tokens(self.patch(x)), src_key_padding_mask=~keep)
 
     for training in (False, True):
-        report = rewritten(Model().train(training), video(), KEEP, both_forms=False)
+        report = rewritten(Model().train(training), video(), KEEP)
         assert verdicts(report) == ["rewritten"], str(report)
 
 
