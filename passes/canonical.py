@@ -91,7 +91,7 @@ def _spell(reading: Reading, scope: Scope, builder: Builder) -> Spelled:
     )  # fmt: skip
     out = value_of(reading.result)
     assert isinstance(out, torch.Tensor)
-    result = _laid_out(builder, _cast(builder, _back(builder, call, batch, reading), out.dtype), reading.result)
+    result = laid_out(builder, _cast(builder, _back(builder, call, batch, reading), out.dtype), reading.result)
     type_nodes(scope, builder.added)
     return Spelled(call, reading.result, result, builder.added, reading.nodes, problem)
 
@@ -106,7 +106,7 @@ def attend(builder: Builder, tensors: list[fx.Node], mask: fx.Node | None, **opt
     return node
 
 
-def _laid_out(builder: Builder, node: fx.Node, original: fx.Node) -> fx.Node:
+def laid_out(builder: Builder, node: fx.Node, original: fx.Node) -> fx.Node:
     """The result with the strides of the original, which the graph may see through other views."""
     like, written = value_of(original), is_disturbed([original], original, builder.graph.output_node(), builder.writers)
     assert isinstance(like, torch.Tensor)

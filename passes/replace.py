@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from .builder import Builder, Number
+from .canonical import laid_out
 from .gather import gather
 from .layout import Layout
 from .masks import erase_unused, over_keys, over_queries, token_mask
+from .reading import called
 from .recognise import AttentionCall
 from .sizes import multiply, shape_of, value_of
 
@@ -83,6 +85,8 @@ def replace_attention(
         result = builder.call(aten.contiguous.default, result)
     if seeing is not None:
         result = _blanked(builder, result, seeing)
+    if _is_viewed(call.node):
+        result = laid_out(builder, result, call.node)
     call.node.replace_all_uses_with(result)
     name = call.node.name
     builder.graph.erase_node(call.node)
@@ -97,6 +101,23 @@ def _cast(builder: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     value = value_of(node)
     assert isinstance(value, torch.Tensor)
     return node if value.dtype == dtype else builder.call(aten.to.dtype, node, dtype)
+
+
+_TURNS = frozenset(
+    ["transpose", "swapaxes", "permute", "mT", "movedim", "squeeze", "unsqueeze", "getitem", "select", "slice"]
+)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """True where the graph sees the result, perhaps turned, through a view: that asks for the strides it had."""
+    front, seen = [node], {node}
+    while front:
+        users = [user for user in front.pop().users if user not in seen]
+        if any(called(user) in ("view", "view_as") for user in users):
+            return True
+        seen.update(users)
+        front += [user for user in users if called(user) in _TURNS]
+    return False
 
 
 def _masks(builder: Builder, call: AttentionCall) -> tuple[fx.Node, fx.Node | None]:

@@ -101,7 +101,8 @@ def _unpatched_inputs(scope: Scope) -> dict[int, tuple[Axes, dict[str, fx.Node]]
     """Inputs that are sequences of video tokens, as the graph's results show; by place, with that node for each source."""
     rasters: dict[str, set[Raster]] = {}
     nodes: dict[str, fx.Node] = {}
-    for node in scope.module.graph.output_node().all_input_nodes:
+    results = [x for node in scope.module.graph.nodes if node.op == "output" for x in node.all_input_nodes]
+    for node in results:
         raster = unpatched(scope.axes_of(node) or ())
         if raster is not None:
             rasters.setdefault(raster.source, set()).add(raster)

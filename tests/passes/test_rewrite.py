@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vmoba_compile.passes import rewrite
 
+import vmoba_compile
 from vmoba_compile import VMoBAConfig
 
 SDPA = F.scaled_dot_product_attention
@@ -312,3 +313,18 @@ def test_flex_attention_is_reported():
     with torch.no_grad():
         capture, _ = compiled(VideoAttention(attend=lambda q, k, v: flex_attention(q, k, v)), video())
     assert [(s.reason.value, s.spelling) for s in capture.report] == [("spelling", "flex_attention")]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_view_that_needs_the_strides_of_the_result(inner):
+    """The dense operator's result lies as its queries do, which code may count on."""
+
+    def attend(q, k, v):
+        return dense(q, k, v).transpose(1, 2).view(2, 24, 16)
+
+    model, x = VideoAttention(attend=attend), video()
+    wanted = model(x)
+    fast = vmoba_compile.optimize(model, EVERYTHING, inner=inner)
+    torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-5)
+    assert verdicts(vmoba_compile.report(fast)) == ["rewritten"]
+    fast(x).square().sum().backward()
