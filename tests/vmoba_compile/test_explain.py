@@ -87,17 +87,17 @@ def test_a_14b_model_on_the_meta_device(monkeypatch):
     rewrite = backend.rewrite_one
 
     def timed(*args, **kwargs):
-        start = time.perf_counter()
+        start = time.process_time()  # the wall's clock also counts what a busy machine does for others
         try:
             return rewrite(*args, **kwargs)
         finally:
-            spent.append(time.perf_counter() - start)
+            spent.append(time.process_time() - start)
 
     monkeypatch.setattr(backend, "rewrite_one", timed)
-    start = time.perf_counter()
+    start = time.process_time()
     model, inputs = PRESETS["wan2.1-14b"].build()
     report = vmoba_compile.explain(model, **inputs)
-    total = time.perf_counter() - start
+    total = time.process_time() - start
     assert sum(p.numel() for p in model.parameters()) > 13e9
     assert len(report.rewritten) == 40 and report.counts["cross_attention"] == 40
     site = report.rewritten[1]
