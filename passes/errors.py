@@ -17,3 +17,7 @@ class CoverageError(RewriteError):
 
 class InputError(RewriteError, ValueError):
     """The model itself rejects these inputs, with or without the rewrite."""
+
+
+class ExportError(RewriteError):
+    """An artefact cannot be made of the model, or by the libraries that are installed."""

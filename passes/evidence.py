@@ -92,7 +92,7 @@ def numbered(handed: Sequence[Evidence | None]) -> Handed:
 
 def given(module: fx.GraphModule, handed: Handed) -> Given:
     """Types for the inputs of a graph; sources of another graph get names of their own here."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = module.graph.find_nodes(op="placeholder")
     found = Given()
     for index, (node, evidence) in enumerate(zip(placeholders, handed, strict=True)):
         if evidence is None:

@@ -158,8 +158,7 @@ def _given_expanded(mask: fx.Node) -> bool:
     memory = memory_of(value_of(mask))
     return memory is None or any(
         isinstance(given := value_of(node), torch.Tensor) and memory_of(given) == memory and 0 in given.stride()
-        for node in mask.graph.nodes
-        if node.op == "placeholder"
+        for node in mask.graph.find_nodes(op="placeholder")
     )
 
 

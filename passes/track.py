@@ -101,14 +101,14 @@ def _unpatched_inputs(scope: Scope) -> dict[int, tuple[Axes, dict[str, fx.Node]]
     """Inputs that are sequences of video tokens, as the graph's results show; by place, with that node for each source."""
     rasters: dict[str, set[Raster]] = {}
     nodes: dict[str, fx.Node] = {}
-    results = [x for node in scope.module.graph.nodes if node.op == "output" for x in node.all_input_nodes]
-    for node in results:
+    outputs = scope.module.graph.find_nodes(op="output")
+    for node in outputs[0].all_input_nodes if outputs else ():
         raster = unpatched(scope.axes_of(node) or ())
         if raster is not None:
             rasters.setdefault(raster.source, set()).add(raster)
             nodes.setdefault(raster.source, node)
     found = {}
-    for place, node in enumerate(n for n in scope.module.graph.nodes if n.op == "placeholder"):
+    for place, node in enumerate(scope.module.graph.find_nodes(op="placeholder")):
         axes = list(scope.axes_of(node) or ())
         grids = {}
         for dim, axis in enumerate(axes):
@@ -202,7 +202,7 @@ def _enter(
 ) -> None:
     """Type a higher-order call by walking its graph, where it has one and its inputs are the call's arguments."""
     (position, graph), *others = graphs
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    placeholders = graph.graph.find_nodes(op="placeholder")
     arguments = [arg for index, arg in enumerate(node.args) if index > position]
     if arguments and isinstance(arguments[0], (tuple, list)) and len(arguments) == 1:
         arguments = list(arguments[0])
