@@ -9,8 +9,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import attend_backward, attend_hopper, attend_tiles, attend_triton, backward_hopper, backward_triton
-from .launches import Work
+from . import (
+    attend_backward,
+    attend_hopper,
+    attend_lists,
+    attend_tiles,
+    attend_triton,
+    backward_hopper,
+    backward_triton,
+)
+from .launches import Work, is_dynamic, part_of
 from .partition import Geometry
 
 MEMORY_SHARE = 0.24  # of the bytes of q, k, v and out, for all that dense attention does not need
@@ -31,6 +39,13 @@ def pair_capacity(geometry: Geometry, heads: int, share: float) -> int:
     per_head = video + min(others, math.ceil(share * 1.001 * others) + video)
     condition = geometry.num_condition
     return heads * (per_head + condition * boxes + (geometry.num_tokens if condition else 0))
+
+
+def most_samples(geometry: Geometry, heads: int, share: float) -> int:
+    """Largest batch that can be done at a time: rows of partial results and pairs are counted in 32 bits."""
+    slack = attend_lists.GROUP * geometry.num_key_boxes + attend_lists.ROUNDING
+    rows = pair_capacity(geometry, heads, share) + 3 * heads * slack
+    return min((2**31 - 1) // rows, MAX_GRID // heads)
 
 
 def table_bytes(geometry: Geometry, samples: int, heads: int, share: float) -> int:
@@ -54,10 +69,11 @@ def attention(
     At most ``share`` of the other boxes' entries of a sample, or of a head if ``by_head``, are selected; where a
     selection has more, all is NaN. Tiles of queries have no such bound.
     """
-    batch, heads = q.shape[:2]
-    tensor_bytes = 2 * (q.numel() + k.numel()) * q.element_size()
-    given = 4 * (words.numel() + batch * heads * geometry.num_tokens)  # bit sets, log-sum-exps
-    scratch = max(MEMORY_FLOOR, int(MEMORY_SHARE * tensor_bytes) - given)
+    heads = q.shape[1]
+    samples = 1 if is_dynamic(q.shape[0]) else q.shape[0]  # as many as the buffers' sizes are planned for
+    tensor_bytes = 2 * samples * (q.shape[1] + k.shape[1]) * math.prod(q.shape[2:]) * q.element_size()
+    given = 4 * samples * heads * (words.shape[2] * words.shape[3] + geometry.num_tokens)  # bit sets, log-sum-exps
+    scratch = max(MEMORY_FLOOR, int(work.memory_factor * MEMORY_SHARE * tensor_bytes) - given)
     out, lse = work.output(*q.shape, dtype=q.dtype), work.output(*q.shape[:3], dtype=torch.float32)
     if tile:
         attend_tiles.attention(work, q, k, v, words, key_mask, out, lse, geometry, scale, tile=tile, scratch=scratch)
@@ -66,10 +82,11 @@ def attention(
     if implementation == "hopper":
         _must_run(why_not_hopper(q, k, v))
         run = attend_hopper.attention
-    for own, kv, limits in list_groups(geometry, q, k, share, by_head, scratch):
+    for own, kv, limits in list_groups(geometry, q, k, share, by_head, scratch, whole=not work.takes_parts):
         inputs = [work.part(x, *which) for x, which in ((q, own), (k, kv), (v, kv), (words, own))]
         with work.section():
-            run(work, *inputs, work.part(key_mask, own[0]), out[own], lse[own], geometry, scale, **limits)
+            results = part_of(out, *own), part_of(lse, *own)
+            run(work, *inputs, work.part(key_mask, own[0]), *results, geometry, scale, **limits)
     return out, lse
 
 
@@ -103,15 +120,25 @@ def attention_backward(
 
 
 def list_groups(
-    geometry: Geometry, q: Tensor, k: Tensor, share: float, by_head: bool, scratch: int
+    geometry: Geometry, q: Tensor, k: Tensor, share: float, by_head: bool, scratch: int, whole: bool = False
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], dict[str, int]]]:
-    """Samples and heads that are done at a time: slices of q and of k, and what bounds their lists and buffers."""
+    """Samples and heads that are done at a time: slices of q and of k, and what bounds their lists and buffers.
+
+    ``whole``: all at once, whatever the lists take.
+    """
     batch, heads, kv_heads = *q.shape[:2], k.shape[1]
     group = heads // kv_heads
     capacity = pair_capacity(geometry, heads, share)
+    if is_dynamic(batch):  # all samples at a time, however many there will be
+        everything = slice(None), slice(None)
+        head_capacity = pair_capacity(geometry, 1, share) if by_head else capacity
+        yield everything, everything, {"capacity": batch * capacity, "head_capacity": head_capacity, "scratch": scratch}
+        return
     together = max(1, min(batch, (2**31 - 1) // capacity, scratch // (8 * capacity), MAX_GRID // heads))
     step = kv_heads
-    if by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
+    if whole:
+        together = batch
+    elif by_head and together == 1 and 4 * capacity > MEMORY_FLOOR // 2:
         packed = 4 * geometry.num_tokens * q.shape[-1] * q.element_size()  # keys and values of two heads
         room = scratch - packed - min(ROOM, scratch // 4)
         for parts in range(1, kv_heads + 1):

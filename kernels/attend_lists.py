@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Work
+from .launches import Work, is_dynamic
 from .partition import Geometry
 from .triton_tools import box_shape, box_start, token_in_box
 
@@ -385,7 +385,7 @@ def list_all_keys(work: Work, key_mask: Tensor, geometry: Geometry, batch: int) 
     span = work.empty(batch if masked else 1, boxes, 2, dtype=torch.int32)
     sizes = (*geometry.grid, *geometry.block, *geometry.counts[1:], geometry.prefix, geometry.suffix)
     work.launch(
-        list_keys, (boxes, span.shape[0]), key_mask.view(torch.uint8) if masked else keys, keys, span, *sizes,
+        list_keys, (boxes, span.shape[0]), work.as_bytes(key_mask) if masked else keys, keys, span, *sizes,
         HAS_MASK=masked, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return keys, span
@@ -407,7 +407,9 @@ def build(
     groups = triton.cdiv(tokens, GROUP)
     chunk_pairs = max(chunk_pairs, GROUP * boxes)  # then a group is never longer than a chunk: no chunk is empty
     per_head = triton.cdiv(min(head_capacity, tokens * boxes), chunk_pairs)
-    max_chunks = min(num_heads * per_head, num_heads + capacity // chunk_pairs)
+    max_chunks = num_heads * per_head
+    if not is_dynamic(batch):
+        max_chunks = min(max_chunks, num_heads + capacity // chunk_pairs)
     max_tiles = triton.cdiv(capacity, TILE) + max_chunks * boxes + num_heads * least_tiles
     masked = key_mask.numel() > 0
     new = partial(work.empty, dtype=torch.int32)

@@ -55,7 +55,7 @@ class PackedKeys:
 
     ``k``, ``v`` [B, Hkv, S, D] with last stride 1; ``listed`` and ``span`` as ``attend_lists.list_all_keys`` makes them;
     ``dim`` is the padded head size. ``keys`` and ``values`` are what ``describe`` makes of blocks [block, dim] of rows
-    [together * rows, dim].
+    [together * rows, dim], or these rows themselves where launches take plain pointers alone.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PackedKeys:
         self.stride, self.rows = packed_rows(geometry, block)
         self._work, self._inputs = work, (k, v, listed, span)
         self._buffers = tuple(work.empty(together * self.rows, dim, dtype=k.dtype) for _ in range(2))
-        self.keys, self.values = (describe(x, [block, dim]) for x in self._buffers)
+        self.keys, self.values = (describe(x, [block, dim]) if work.takes_descriptors else x for x in self._buffers)
 
     def fill(self, first: int, count: int) -> None:
         """Pack heads ``first`` to ``first + count`` of all samples' heads."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from .attend_lists import list_all_keys
 from .attend_pack import PackedKeys, packed_rows
 from .attend_triton import attend_block, reads_shared_operands
-from .launches import Work
+from .launches import Work, is_dynamic
 from .partition import Geometry
 from .triton_tools import LN2, LOG2E, power_of_two, tile_in_box, token_in_box
 
@@ -134,6 +134,7 @@ def attend_queries(
 ):  # fmt: skip
     """``ROWS`` queries of one tile of one head of a group: all of their keys, and their rows of the result."""
     PARTS: tl.constexpr = TILE // ROWS
+    scale = tl.cast(scale, tl.float32)  # Inductor passes a float64
     of_group = tl.program_id(1)
     first = of_group.to(tl.int64) * (tl.num_programs(0) // PARTS)
     tile = tl.load(ORDER + first + tl.program_id(0) // PARTS)
@@ -187,7 +188,8 @@ def attention(
     most = rows // block  # blocks that a tile may attend to
 
     kv_bytes = 2 * rows * dim * q.element_size() + group * all_tiles * (most + 3) * 4
-    turns = triton.cdiv(batch * kv_heads, max(1, scratch // kv_bytes))
+    dynamic = is_dynamic(batch)  # then all heads are done at a time
+    turns = 1 if dynamic else triton.cdiv(batch * kv_heads, max(1, scratch // kv_bytes))
     together = triton.cdiv(batch * kv_heads, turns)  # kv heads at a time
     listed, span = list_all_keys(work, key_mask, geometry, batch)
     packed = PackedKeys(work, k, v, listed, span, geometry, block=block, dim=dim, together=together)
@@ -198,7 +200,7 @@ def attention(
         list_queries, (all_tiles,), queries, tiles, asking.block[0], geometry.prefix, geometry.suffix,
         *geometry.grid, *geometry.block, *geometry.counts[1:], TILE=tile, num_warps=4,
     )  # fmt: skip
-    for first in range(0, batch * kv_heads, together):
+    for first in (0,) if dynamic else range(0, batch * kv_heads, together):
         some = min(together, batch * kv_heads - first)
         packed.fill(first, some)
         work.launch(

@@ -21,7 +21,7 @@ from . import attend_lists
 from .attend_lists import CHUNK_FIELDS, RANK_BITS, TILE, TILE_FIELDS
 from .attend_merge import QUERIES, merge_chunks, refuse_results
 from .attend_pack import PackedKeys
-from .launches import Work
+from .launches import Work, compute_capability
 from .partition import Geometry
 from .triton_tools import LOG2E, power_of_two
 from .turns import plan, turns
@@ -51,7 +51,7 @@ def padded(head_dim: int) -> int:
 
 def reads_shared_operands(device: torch.device) -> bool:
     """Whether tensor cores take their operands from shared memory."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type == "cpu" or compute_capability(device)[0] in (9, 10)
 
 
 def tile_shape(q: Tensor) -> tuple[int, int, int]:
@@ -61,9 +61,20 @@ def tile_shape(q: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
+def packed_block(packed, row, BLOCK: tl.constexpr, D: tl.constexpr):
+    """``BLOCK`` packed rows [BLOCK, D] behind a tensor descriptor, or behind a plain pointer where there is none."""
+    if isinstance(packed, tl.tensor_descriptor):
+        rows = packed.load([row, 0])
+    else:
+        at = packed + row.to(tl.int64) * D
+        rows = tl.load(at + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)[None, :])
+    return rows
+
+
+@triton.jit
 def attend_block(q, peak, total, acc, keys, values, row, left, scale, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """One block of keys through the running softmax of a tile of queries (base 2)."""
-    k = keys.load([row, 0])
+    k = packed_block(keys, row, BLOCK, q.shape[1])
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [TILE, BLOCK]
     if MASKED:
         scores = tl.where(tl.arange(0, BLOCK)[None, :] < left, scores, float("-inf"))
@@ -71,7 +82,7 @@ def attend_block(q, peak, total, acc, keys, values, row, left, scale, BLOCK: tl.
     weights = tl.exp2(scores * scale - new[:, None])
     decay = tl.exp2(peak - new)
     total = total * decay + tl.sum(weights, 1)
-    v = values.load([row, 0])
+    v = packed_block(values, row, BLOCK, q.shape[1])
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new, total, acc
 
@@ -84,6 +95,7 @@ def attend_tiles(
     TILE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of chunks ``turn * ring`` to ``turn * ring + ring`` of a group of heads."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes a float64
     chunk = tl.load(FIRST_CHUNK + first_head) + turn * ring
     end = tl.minimum(chunk + ring, tl.load(FIRST_CHUNK + last_head))
     if chunk < end:

@@ -38,10 +38,15 @@ PLANS = Plans()  # of both operators on all GPUs
 def select(
     q: Tensor, k: Tensor, key_mask: Tensor, geometry: Geometry, *,
     pool: str, mode: str, threshold: float, topk: int, implementation: str, tile: int,
+    run: Callable[..., Any] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Bit sets int32 [B, H, N, ceil(C / 32)], of tiles [B, H, M, W]; see the operator ``vmoba::select``."""
+    """Bit sets int32 [B, H, N, ceil(C / 32)], of tiles [B, H, M, W]; see the operator ``vmoba::select``.
+
+    ``run`` computes, as :func:`_run` does, where another kind of work is wanted than on the operators' own way.
+    """
     check_tile(tile, implementation)
     rule: dict[str, Any] = {"pool": pool, "mode": mode, "threshold": threshold, "topk": topk, "tile": tile}
+    check_mask(key_mask, q)
     q, k = _with_rows(q), _with_rows(k)
 
     def compute(work: Work) -> Tensor:
@@ -52,16 +57,18 @@ def select(
 
         return select_triton.select(work, q, k, key_mask, geometry, **rule)
 
-    return _run(compute, ("select", implementation, geometry, *rule.values()), q, k, key_mask)
+    return (run or _run)(compute, ("select", implementation, geometry, *rule.values()), q, k, key_mask)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, key_mask: Tensor, geometry: Geometry, *,
     scale: float, threshold: float, topk: int, implementation: str, tile: int, pool: str,
+    run: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``."""
+    """``out`` [B, H, S, D] and ``lse`` [B, H, S]; see the operator ``vmoba::attention``. ``run`` is that of select."""
     check_tile(tile, implementation)
     check_selected(selected, q, geometry, tile)
+    check_mask(key_mask, q)
     q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
     selected, key_mask = selected.contiguous(), key_mask.contiguous()
 
@@ -91,7 +98,7 @@ def attention(
         )
 
     options = ("attention", implementation, geometry, scale, threshold, topk, tile, pool)
-    return _run(compute, options, q, k, v, selected, key_mask)
+    return (run or _run)(compute, options, q, k, v, selected, key_mask)
 
 
 def attention_backward(
@@ -102,6 +109,7 @@ def attention_backward(
     """``dq``, ``dk`` and ``dv``; see the operator ``vmoba::attention_backward``."""
     check_tile(tile, "auto")
     check_selected(selected, q, geometry, tile)
+    check_mask(key_mask, q)
     share = 1.0 if tile else _share(geometry, threshold, topk)  # what tiles select has no such bound
     by_head = share >= 1 or pool in ("head_global", "query_head")  # where all may be selected the bound is each head's
     together = q.shape[1] // k.shape[1] if by_head else q.shape[1]
@@ -182,6 +190,15 @@ def check_selected(selected: Tensor, q: Tensor, geometry: Geometry, tile: int) -
         )
 
 
+def check_mask(key_mask: Tensor, q: Tensor) -> None:
+    """ValueError unless the mask has the shape that the kernels read: [batch, tokens], or no elements."""
+    if key_mask.numel() and key_mask.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(
+            f"key_mask must be [batch, tokens] = [{q.shape[0]}, {q.shape[2]}], or without elements, not"
+            f" {list(key_mask.shape)}"
+        )
+
+
 def _resolve(implementation: str, why_not_triton: Callable[[], str]) -> str:
     """The named implementation, or for ``auto`` "triton" where it can run; ValueError where a named one cannot."""
     if implementation not in IMPLEMENTATIONS:
@@ -215,7 +232,8 @@ def _no_triton(q: Tensor) -> str:
 
 
 def _has_large_shared(q: Tensor) -> bool:
-    return q.device.type == "cpu" or _shared_memory(q.device.index) >= LARGE_SHARED
+    # Of what is recorded for another machine, ``aot`` knows how much each kernel needs.
+    return q.device.type in ("cpu", "meta") or _shared_memory(q.device.index) >= LARGE_SHARED
 
 
 @cache

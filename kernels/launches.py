@@ -19,6 +19,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple
@@ -31,9 +32,21 @@ POINTER_ALIGNMENT = 16  # bytes: what Triton compiles a kernel for
 
 Result = Tensor | tuple[Tensor, ...]
 
+# Compute capability that work is recorded for, where it is not that of a GPU at hand.
+TARGET: ContextVar[tuple[int, int] | None] = ContextVar("TARGET", default=None)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of what the launches are for."""
+    return TARGET.get() or torch.cuda.get_device_capability(device)
+
 
 class Work:
     """Memory and launches of one call of an operator; given to every function that allocates or launches."""
+
+    takes_descriptors = True  # tensor descriptors as arguments of launches, not plain pointers alone
+    takes_parts = True  # pointers into the middle of inputs and outputs
+    memory_factor = 1  # how much more scratch memory than usual, where few launches count for more
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -52,7 +65,11 @@ class Work:
 
     def part(self, x: Tensor, *which: slice) -> Tensor:
         """Some samples of an input, or some heads of them."""
-        return x[which]
+        return part_of(x, *which)
+
+    def as_bytes(self, mask: Tensor) -> Tensor:
+        """A bool tensor as uint8."""
+        return mask.view(torch.uint8)
 
     @contextmanager
     def section(self) -> Iterator[None]:
@@ -63,6 +80,17 @@ class Work:
         """Run ``kernel`` over ``grid``; nothing for an empty grid, which CUDA refuses."""
         if all(grid):
             kernel[grid](*args, **options)
+
+
+def is_dynamic(size: int) -> bool:
+    """Whether a size is a symbol, of which a traced graph must hold for every value."""
+    return isinstance(size, torch.SymInt)
+
+
+def part_of(x: Tensor, *which: slice) -> Tensor:
+    """``x[which]``, or ``x`` itself where that is all of it."""
+    whole = all(s.start in (None, 0) and s.stop in (None, n) for s, n in zip(which, x.shape, strict=False))
+    return x if whole else x[which]
 
 
 class Place(NamedTuple):

@@ -42,6 +42,7 @@ from .select_gate import (
     key_value,
     order_key,
 )
+from .triton_tools import float_of
 
 RANGE_FLOOR = tl.constexpr(1e-6)  # as in the reference
 SUM_FLOOR = tl.constexpr(1e-6)
@@ -50,8 +51,8 @@ NO_KEY = tl.constexpr(4294967295)
 CHUNKS = tl.constexpr(512)  # of a histogram
 
 SIZES = [
-    "amount", "num_video", "heads", "padded", "pools_per_sample", "per_sample", "per_pool", "stride", "count",
-    "replicas", "sum_bits", "drop_bits", "num_words", "entries",
+    "amount_low", "amount_high", "num_video", "heads", "padded", "pools_per_sample", "per_sample", "per_pool", "stride",
+    "count", "replicas", "sum_bits", "drop_bits", "num_words", "entries",
 ]  # fmt: skip
 
 
@@ -84,10 +85,10 @@ def _partials(pool, pools_per_sample, per_sample, per_pool):
 @triton.jit(do_not_specialize=SIZES)
 def find_bracket(
     low, high, other_sum, own_sum, coarse, sizes, ints, numbers,
-    amount, num_video, heads, padded, pools_per_sample, per_sample, per_pool, stride, count, replicas,
+    amount_low, amount_high, num_video, heads, padded, pools_per_sample, per_sample, per_pool, stride, count, replicas,
     POOL: tl.constexpr, TOPK: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and target of a pool, and the first bracket. ``amount``: bits of the threshold or number, a float64."""
+    """Statistics and target of a pool, and the first bracket. ``amount_*``: bits of the threshold or number, a float64."""
     pool = tl.program_id(0)
     ints += pool.to(tl.int64) * STATE
     numbers += pool.to(tl.int64) * STATE
@@ -108,7 +109,7 @@ def find_bracket(
 
     sample = pool // pools_per_sample
     sizes += sample * padded
-    rows = heads.to(tl.int64)  # in the pool
+    rows = tl.cast(heads, tl.int64)  # in the pool
     if POOL == BLOCK:
         size = tl.load(sizes + pool % pools_per_sample).to(tl.int64)
         num_own = size * rows
@@ -127,7 +128,7 @@ def find_bracket(
         num_all = tl.sum(filled, 0) * num_video * rows
     num_other = num_all - num_own
 
-    wanted = amount.to(tl.int64).to(tl.float64, bitcast=True)
+    wanted = float_of(amount_low, amount_high)
     width = highest - lowest
     flat = (width > RANGE_FLOOR) == 0
     other_weight = tl.where(flat, num_other.to(tl.float64), tl.sum(others, 0) - num_other.to(tl.float64) * lowest)

@@ -75,7 +75,7 @@ def bracket_values(first, last):
 def head_queries(q, row, heads, prefix, num_video, stride_qb, stride_qh, stride_qs, BLOCK_Q: tl.constexpr):
     """Where the video queries of a head begin, and how far from the first query of a tile each lies, int64 [BLOCK_Q]."""
     sample = row // heads
-    first = q + sample * stride_qb + (row - sample * heads) * stride_qh + prefix.to(tl.int64) * stride_qs
+    first = q + sample * stride_qb + (row - sample * heads) * stride_qh + tl.cast(prefix, tl.int64) * stride_qs
     return first, tl.minimum(tl.arange(0, BLOCK_Q), num_video - 1).to(tl.int64) * stride_qs
 
 

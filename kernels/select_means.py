@@ -133,7 +133,7 @@ def box_means(work: Work, k: torch.Tensor, key_mask: torch.Tensor, geometry: Geo
     extent = [min(size, step) for size, step in zip(geometry.grid, geometry.block, strict=True)]
     splits = -(-extent[0] * extent[1] * extent[2] // PIECE)
     masked = key_mask.numel() > 0
-    mask = key_mask.view(torch.uint8) if masked else k
+    mask = work.as_bytes(key_mask) if masked else k
 
     pieces = batch * kv_heads * boxes * splits
     sums = work.empty(pieces * dim, dtype=torch.float64)

@@ -19,16 +19,16 @@ from .partition import WORD_BITS, Geometry
 from .select_cut import RANGE_FLOOR, SUM_FLOOR
 from .select_gate import SIZES, order_key
 from .select_means import Means
-from .triton_tools import box_of_token, power_of_two
+from .triton_tools import box_of_token, float_of, power_of_two
 
 TILE = 4096  # gates in registers
 MEANS = 65536  # bytes of the means in shared memory, where 16 components do not need more
 
 
-@triton.jit(do_not_specialize=[*SIZES, "amount"])
+@triton.jit(do_not_specialize=[*SIZES, "amount_low", "amount_high"])
 def _select_rows(
     q, means, sizes, words, stride_qb, stride_qh, stride_qs,
-    amount, prefix, num_video, heads, group, num_words, rows, columns, bt, bh, bw, box_rows, box_columns,
+    amount_low, amount_high, prefix, num_video, heads, group, num_words, rows, columns, bt, bh, bw, box_rows, box_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BOXES: tl.constexpr, CHUNK: tl.constexpr,
     TERMS: tl.constexpr, RESCALE: tl.constexpr, TOPK: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _select_rows(
     low = tl.min(tl.where(valid, gate, float("inf")), 1)
     width = tl.max(tl.where(valid, gate, float("-inf")), 1).to(tl.float64) - low.to(tl.float64)
     flat = (width > RANGE_FLOOR) == 0
-    wanted = amount.to(tl.int64).to(tl.float64, bitcast=True)
+    wanted = float_of(amount_low, amount_high)
     if TOPK:
         weight = tl.where(other, 1.0, 0.0)
         total = tl.full([BLOCK_Q], 1.0, tl.float64)
@@ -100,10 +100,11 @@ def _select_rows(
 
 
 def select_rows(
-    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *,
+    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int,
+    amount: tuple[int, int], *,
     topk: bool,
 ) -> None:  # fmt: skip
-    """Fill ``words`` [B, H, N, W]; ``amount`` holds the bits of the float64 threshold or of the number of others."""
+    """Fill ``words`` [B, H, N, W]; ``amount``: bits, low and high, of the threshold or the number of others."""
     if geometry.num_boxes > MAX_BOXES:
         raise NotImplementedError(
             f"pool 'query_head' supports up to {MAX_BOXES} boxes, not {geometry.num_boxes}: use larger blocks"
@@ -115,7 +116,7 @@ def select_rows(
     work.launch(
         _select_rows, (triton.cdiv(geometry.num_video, block_q), batch * heads),
         q, means.terms, means.sizes, words, *q.stride()[:3],
-        amount, geometry.prefix, geometry.num_video, heads, group, geometry.num_words,
+        *amount, geometry.prefix, geometry.num_video, heads, group, geometry.num_words,
         *geometry.grid[1:], *geometry.block, *geometry.counts[1:],
         HEAD_DIM=q.shape[3], DIM=means.dim, BLOCK_Q=block_q, BOXES=boxes, CHUNK=chunk, TERMS=means.num_terms,
         RESCALE=means.rescale, TOPK=topk, num_warps=8 if boxes < 1024 else 16, num_stages=1,

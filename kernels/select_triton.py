@@ -103,8 +103,8 @@ def select(
     amount = float(threshold) if mode == "threshold" else float(kept - 1)
     if mode == "topk" and pool != "query_head":
         amount *= geometry.num_video * (heads if pool == "overall" else 1)
-    # Triton passes floats as float32: hand over the bits of the float64.
-    bits = struct.unpack("<q", struct.pack("<d", amount))[0]
+    # Triton passes floats as float32: hand over the bits of the float64, in halves that every compiler passes.
+    bits: tuple[int, int] = struct.unpack("<ii", struct.pack("<d", amount))
     if pool == "query_head":
         select_rows(work, q, means, words, geometry, group, bits, topk=mode == "topk")
     else:
@@ -113,8 +113,8 @@ def select(
 
 
 def _select_pools(
-    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int, amount: int, *,
-    pool: str, topk: bool,
+    work: Work, q: torch.Tensor, means: Means, words: torch.Tensor, geometry: Geometry, group: int,
+    amount: tuple[int, int], *, pool: str, topk: bool,
 ) -> None:  # fmt: skip
     """Fill ``words`` for pools that join queries."""
     batch, heads = q.shape[:2]
@@ -130,12 +130,12 @@ def _select_pools(
     sum_bits = 63 - entries.bit_length()
     fields = {"sum_bits": sum_bits, "drop_bits": sum_bits - entries.bit_length()}
 
-    # Scratch: counters, which start at zero, and what is written before it is read.
-    counters = work.zeros(pools * bins + triton.cdiv(pools * (replicas * COARSE_BINS.value + 1), 2), dtype=torch.int64)
-    fine, rest = counters[: pools * bins], counters[pools * bins :].view(torch.int32)
-    coarse, lengths = rest[: pools * replicas * COARSE_BINS.value], rest[pools * replicas * COARSE_BINS.value :]
-    numbers_each = batch * heads * runs * (padded if per_box else geometry.num_words)
-    partials = work.empty(4, numbers_each, dtype=torch.float64)
+    # Scratch: counters, which start at zero, and what is written before it is read. Each is a tensor of its own: a
+    # compiler that sees a launch write to a part of a tensor may copy the whole.
+    fine = work.zeros(pools * bins, dtype=torch.int64)
+    coarse, lengths = (work.zeros(n, dtype=torch.int32) for n in (pools * replicas * COARSE_BINS.value, pools))
+    per_sample = heads * runs * (padded if per_box else geometry.num_words)
+    partials = [work.empty(batch * per_sample, dtype=torch.float64) for _ in range(4)]
     ints = work.empty(pools, STATE.value, dtype=torch.int64)
     numbers = work.empty(pools, STATE.value, dtype=torch.float64)
     listed = work.empty(pools * CAPACITY, dtype=torch.int64)
@@ -144,7 +144,7 @@ def _select_pools(
     # Where a pool's numbers per tile lie: first of the sample, first of the pool, stride, how many.
     where = {
         "pools_per_sample": pools_per_sample,
-        "per_sample": partials.shape[1] // batch,
+        "per_sample": per_sample,
         "per_pool": {"head_global": runs * geometry.num_words, "overall": 0, "block": 1}[pool],
         "stride": padded if per_box else 1,
         "count": runs * (1 if per_box else geometry.num_words) * (1 if pool == "head_global" else heads),
@@ -170,8 +170,8 @@ def _select_pools(
     )  # fmt: skip
     work.launch(
         find_bracket, (pools,), *partials, coarse, means.sizes, ints, numbers,
-        amount=amount, num_video=queries, heads=heads, padded=padded, replicas=replicas, **where,
-        POOL=_POOLS[pool], TOPK=topk, BINS=bins, CHUNK=1024, num_warps=8,
+        amount_low=amount[0], amount_high=amount[1], num_video=queries, heads=heads, padded=padded, replicas=replicas,
+        **where, POOL=_POOLS[pool], TOPK=topk, BINS=bins, CHUNK=1024, num_warps=8,
     )  # fmt: skip
     _observe("bracket", ints)
     above = partials[:2]  # the range is known: its place serves again

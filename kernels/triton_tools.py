@@ -63,5 +63,12 @@ def tile_in_box(tile, parts, frames, rows, columns, bt, bh, bw, box_rows, box_co
     return t0, h0, w0, eh, ew, first.to(tl.int32), last.to(tl.int32)
 
 
+@triton.jit
+def float_of(low, high):
+    """The float64 whose bits come as two int32, which may be compile-time values."""
+    bits = (tl.full([], high, tl.int64) << 32) | (tl.full([], low, tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
 def power_of_two(n: int) -> int:
     return triton.next_power_of_2(max(1, n))

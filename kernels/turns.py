@@ -11,6 +11,7 @@ from torch import Tensor
 from . import attend_lists
 from .attend_lists import Lists
 from .attend_pack import PackedKeys, packed_rows
+from .launches import is_dynamic
 from .partition import Geometry
 
 
@@ -38,8 +39,12 @@ def plan(
     """For keys packed in blocks of ``block`` rows and partial results of ``dim`` elements and ``row_bytes`` bytes."""
     kv_heads = q.shape[0] * k.shape[1]
     packed_head = 2 * packed_rows(geometry, block)[1] * dim * q.element_size()
-    together = max(1, min(kv_heads, scratch // 3 // packed_head))
     slack = attend_lists.GROUP * geometry.num_key_boxes + attend_lists.ROUNDING
+    if is_dynamic(kv_heads):  # all heads at a time, a chunk of each; planned for one sample
+        rows = max(scratch - k.shape[1] * packed_head, scratch // 3) // row_bytes
+        chunk_pairs = max(min(head_capacity, rows // q.shape[1] - slack), slack)
+        return Plan(kv_heads, chunk_pairs, q.shape[0] * q.shape[1])
+    together = max(1, min(kv_heads, scratch // 3 // packed_head))
     rows = max(scratch - together * packed_head, scratch // 3) // row_bytes
     rows = min(rows, (2**31 - 1) // dim)  # the kernels for Hopper count elements in 32 bits
     chunk_pairs = max(min(head_capacity, rows - slack), slack)
@@ -54,6 +59,12 @@ def turns(
     """All turns, one after the other; each group of heads is packed before its first."""
     kv_heads, group = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
     ring = room.ring
+    if is_dynamic(kv_heads):
+        packed.fill(0, kv_heads)
+        tiles = ring * (lists.slots // attend_lists.TILE + geometry.num_key_boxes + 1)
+        for number in range(triton.cdiv(head_capacity, lists.chunk_pairs)):
+            yield Turn(0, kv_heads * group, number, ring, tiles)
+        return
     for first in range(0, kv_heads, room.together):
         count = min(room.together, kv_heads - first)
         packed.fill(first, count)

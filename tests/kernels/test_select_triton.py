@@ -32,10 +32,7 @@ interpreter.install()
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small tiles and histograms: several tiles, several levels, and a patient interpreter."""
-    for name, value in {"BLOCK_Q": 32, "BINS": 2048, "BLOCK_BINS": 512, "CHUNK": 256, "CAPACITY": 64}.items():
-        monkeypatch.setattr(select_triton, name, value)
-    monkeypatch.setattr(select_triton, "REPLICAS", {"head_global": 2, "overall": 2, "block": 1})
+    interpreter.small_selection(monkeypatch)
 
 
 @pytest.fixture

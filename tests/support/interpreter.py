@@ -22,3 +22,12 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 def install() -> None:
     """Replace the interpreter's product for the rest of the process. No effect on kernels that are compiled."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
+
+
+def small_selection(monkeypatch) -> None:
+    """Small tiles and histograms: several tiles, several levels, and a patient interpreter."""
+    from vmoba_compile.kernels import select_triton
+
+    for name, value in {"BLOCK_Q": 32, "BINS": 2048, "BLOCK_BINS": 512, "CHUNK": 256, "CAPACITY": 64}.items():
+        monkeypatch.setattr(select_triton, name, value)
+    monkeypatch.setattr(select_triton, "REPLICAS", {"head_global": 2, "overall": 2, "block": 1})
