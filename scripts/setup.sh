@@ -2,7 +2,7 @@
 # Set up .venv for "demo" (what the demo needs) or "dev" (what the tests need), from the pins in constraints/.
 set -eu
 extras=diffusers
-[ "${1:-demo}" = dev ] && extras=diffusers,dev
+[ "${1:-demo}" = dev ] && extras=diffusers,onnx,tensorrt-rtx,dev
 if nvidia-smi -L >/dev/null 2>&1; then machine=gpu; else machine=cpu; fi
 stamp=.venv/.installed-$machine-$extras
 wanted=$(cat setup.cfg pyproject.toml constraints/$machine.txt scripts/setup.sh | cksum)

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import VMoBAConfig
+from .deploy.command import add_arguments, export
 from .explain import explain
 from .kernels.partition import Triple
-from .passes import RewriteError
+from .passes import Report, RewriteError
 from .zoo import PRESETS, preset
 
 
@@ -31,25 +33,39 @@ def parse_grid(text: str) -> Triple:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vmoba_compile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
+    models = "models: " + ", ".join(PRESETS)
+    explained = commands.add_parser(
         "explain",
         help="what optimize would rewrite in a model, and why not the rest",
         description="Trace a model without computing anything and list its attentions.",
-        epilog="models: " + ", ".join(PRESETS),
+        epilog=models,
     )
-    command.add_argument("model", help="a model's name, or module:function returning (model, keyword arguments)")
-    command.add_argument("--tokens", type=parse_grid, metavar="TxHxW", help="token grid of a named model's input")
-    command.add_argument("--layers", type=int, metavar="N", help="layers of a named model, fewer are faster to trace")
-    command.add_argument("--grid", type=parse_grid, metavar="TxHxW", help="the grid= of optimize")
-    command.add_argument("--config", type=Path, metavar="FILE", help="a VMoBAConfig as JSON")
-    command.add_argument("--min-tokens", type=int, metavar="N", help="the min_tokens of the configuration")
-    command.add_argument("--save", type=Path, metavar="FILE", help="write the report as .json or .html")
+    exported = commands.add_parser(
+        "export",
+        help="an ONNX file, a TensorRT engine or a compiled package of a rewritten model",
+        description="Rewrite a model and make an artefact of it. Named models have random weights.",
+        epilog=models,
+    )
+    for command in (explained, exported):
+        command.add_argument("model", help="a model's name, or module:function returning (model, keyword arguments)")
+        command.add_argument("--tokens", type=parse_grid, metavar="TxHxW", help="token grid of a named model's input")
+        command.add_argument(
+            "--layers", type=int, metavar="N", help="layers of a named model, fewer are faster to trace"
+        )
+        command.add_argument("--grid", type=parse_grid, metavar="TxHxW", help="the grid= of optimize")
+        command.add_argument("--config", type=Path, metavar="FILE", help="a VMoBAConfig as JSON")
+        command.add_argument("--min-tokens", type=int, metavar="N", help="the min_tokens of the configuration")
+        command.add_argument("--save", type=Path, metavar="FILE", help="write the report as .json or .html")
+    add_arguments(exported)
     return parser
 
 
 def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     if ":" not in args.model:
-        sizes = {} if args.layers is None else {"num_layers": args.layers}
+        sizes: dict[str, Any] = {} if args.layers is None else {"num_layers": args.layers}
+        if args.command == "export":
+            sizes["device"] = args.device or ("cuda" if args.to == "package" and torch.cuda.is_available() else "cpu")
+            sizes |= {"batch": args.batch, "dtype": getattr(torch, args.dtype)}
         return preset(args.model).build(grid=args.tokens, **sizes)
     module, _, function = args.model.partition(":")
     try:
@@ -65,6 +81,15 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     return loaded
 
 
+def _explain(args: argparse.Namespace, config: VMoBAConfig) -> Report:
+    model, inputs = _load(args)
+    start = time.perf_counter()
+    found = explain(model, config=config, grid=args.grid, **inputs)
+    print(found)
+    print(f"traced in {time.perf_counter() - start:.1f} s; nothing was computed")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where nothing would be rewritten, 2 on wrong use."""
     parser = _parser()
@@ -78,14 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.min_tokens is not None:
             options["min_tokens"] = args.min_tokens
         config = VMoBAConfig.from_dict(options)
-        model, inputs = _load(args)
-        start = time.perf_counter()
-        found = explain(model, config=config, grid=args.grid, **inputs)
+        found = _explain(args, config) if args.command == "explain" else export(args, lambda: _load(args), config)
     except (RewriteError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    print(found)
-    print(f"traced in {time.perf_counter() - start:.1f} s; nothing was computed")
     if args.save:
         found.save(args.save)
     return 0 if found.rewritten else 1

@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 
 RUNS = {
     "demo.py": (["--grid", "6x10x13", "--heads", "1"], ["3 of 6 attentions rewritten", "exact", "whole model: dense"]),
+    "export_wan.py": (
+        ["--layers", "1", "--out", "{tmp}/wan"],
+        ["2 vmoba nodes", "error", "tensorrt_rtx", "no package" if not torch.cuda.is_available() else "kernels inside"],
+    ),
     "optimize_wan.py": ([], ["3 of 6 attentions rewritten (left dense: 3 cross_attention)"]),
     "own_model.py": ([], ["step 9: loss", "1 of 1 attentions rewritten"]),
     "train_video_dit.py": (

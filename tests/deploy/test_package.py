@@ -1,0 +1,198 @@
+"""Packages, as far as they go without a GPU: a dense one from end to end, in Python and C++, and every refusal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vmoba_compile import ExportError, VMoBAConfig, attention
+from vmoba_compile.deploy.package import export_package, read_about, replace_operators
+from vmoba_compile.deploy.program import capture, relative_error
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "package_cpp"
+GRID, BLOCK = (2, 3, 4), (1, 3, 2)
+
+
+class Attention(nn.Module):
+    """A model of its own with VMoBA attention in it."""
+
+    def __init__(self, implementation: str = "auto") -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+        self.implementation = implementation
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        out = attention(q, k, v, GRID, block=BLOCK, implementation=self.implementation)
+        return out.transpose(1, 2).flatten(2)
+
+
+def dense() -> tuple[nn.Module, torch.Tensor]:
+    """A model without attention, and its input."""
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), torch.randn(3, 16)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Refusals come before anything is compiled."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+
+
+def test_a_model_on_the_cpu_is_refused(tmp_path, no_compiler):
+    with pytest.raises(ExportError, match=r"on the device 'cpu'; move it and its inputs to a GPU with \.to\('cuda'\)"):
+        export_package(Attention(), (torch.randn(1, 24, 16),), path=tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("path", "message"), [("model.so", "must end in .pt2"), ("none/model.pt2", "does not exist")])
+def test_bad_paths(tmp_path, path, message, no_compiler):
+    with pytest.raises(ValueError, match=message):
+        export_package(*dense()[:1], (dense()[1],), path=tmp_path / path)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    from vmoba_compile.kernels import implementations
+
+    monkeypatch.setattr(implementations, "_no_triton", lambda q: "")
+
+
+def test_operators_are_replaced(as_on_gpu):
+    program = capture(Attention(), (torch.randn(1, 24, 16),)).program
+    before = {str(node.target): node for node in program.graph.nodes}
+    assert replace_operators(program) == 1
+    after = {str(node.target): node for node in program.graph.nodes}
+    for name in ("select", "attention"):
+        old, new = before[f"vmoba.{name}.default"], after[f"vmoba.{name}_inline.default"]
+        assert old.args == new.args and "implementation" not in new.kwargs
+    assert "vmoba.attention.default" not in after
+    assert replace_operators(program) == 0
+
+
+def test_an_implementation_asked_for_by_name_is_not_exchanged(as_on_gpu):
+    program = capture(Attention("reference"), (torch.randn(1, 24, 16),)).program
+    with pytest.raises(ExportError, match="asks for implementation='reference'"):
+        replace_operators(program)
+
+
+def test_a_dynamic_batch_needs_a_largest_size(as_on_gpu):
+    pytest.importorskip("triton")
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = capture(Attention(), (torch.randn(2, 24, 16),), dynamic_shapes=shapes).program
+    with pytest.raises(ExportError, match=r"has no largest size; give it .*Dim\('batch', max=8\)"):
+        replace_operators(program)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
+    program = capture(Attention(), (torch.randn(2, 24, 16),), dynamic_shapes=shapes).program
+    assert replace_operators(program) == 1
+
+
+def test_what_the_compiler_cannot_do_is_said(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    model, x = dense()
+    with pytest.warns(UserWarning, match="exports Sequential dense"), pytest.raises(ExportError) as caught:
+        export_package(model, (x,), path=tmp_path / "model.pt2")
+    assert str(caught.value) == "AOTInductor cannot compile Sequential: RuntimeError: no C++ compiler"
+
+
+def test_files_that_are_no_packages(tmp_path):
+    other = tmp_path / "other.pt2"
+    torch.save([1], other)
+    with pytest.raises(ValueError, match=r"was not made by vmoba_compile\.export_package"):
+        read_about(other)
+    other.write_text("text")
+    with pytest.raises(ValueError, match="is not a package"):
+        read_about(other)
+
+
+def test_errors_are_relative():
+    a, b = torch.ones(4), torch.full((4,), 2.0)
+    assert relative_error([a, b], [b, b]) == pytest.approx(0.5)
+    assert relative_error([torch.tensor(1)], [torch.tensor(2)]) == 0
+    assert math.isnan(relative_error([a, a * torch.nan], [b, b]))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A dense package, its input and what it should give."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("package")
+    model, x = dense()
+    with pytest.warns(UserWarning, match="exports Sequential dense"):
+        package = export_package(
+            model, (x,), path=folder / "model.pt2", config=VMoBAConfig(threshold=0.5), verify=True,
+        )  # fmt: skip
+    with torch.no_grad():
+        torch.save([x], folder / "inputs.pt")
+        torch.save([model(x)], folder / "expected.pt")
+    return package
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_package_tells_of_itself(written):
+    assert written.error < 1e-5 and written.kernels == () and written.seconds > 0
+    assert written.bytes == written.path.stat().st_size
+    about = read_about(written.path)
+    assert about["config"]["threshold"] == 0.5 and about["model"] == "Sequential" and about["report"]["sites"] == []
+    assert about["inputs"] == [{"name": "[0]", "dtype": "float32", "shape": [3, 16]}]
+    assert written.load().get_metadata()["vmoba_compile"]
+
+
+RUN = """
+import sys, torch
+folder = sys.argv[1]
+model = torch._inductor.aoti_load_package(folder + "/model.pt2")
+out = model(*torch.load(folder + "/inputs.pt"))
+torch.testing.assert_close([out], torch.load(folder + "/expected.pt"))
+assert not any(name.startswith("vmoba") for name in sys.modules)
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_runs_without_vmoba_compile(written):
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, str(written.path.parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_runs_in_cpp(written, tmp_path):
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for words in (["-S", str(EXAMPLE), "-B", str(tmp_path), prefix], ["--build", str(tmp_path)]):
+        done = subprocess.run(["cmake", *words], capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = written.path.parent
+    program = str(tmp_path / "run_package")
+    paths = [str(folder / name) for name in ("model.pt2", "inputs.pt", "output.pt")]
+    done = subprocess.run([program, *paths, "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "median of 2 calls" in done.stdout
+    torch.testing.assert_close(list(torch.load(paths[2])), torch.load(folder / "expected.pt"))
+    for words, said in (([], "usage:"), ([paths[0], "none.pt", paths[2]], "cannot read none.pt")):
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode != 0 and said in done.stderr

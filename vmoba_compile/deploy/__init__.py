@@ -1,0 +1,1 @@
+"""Artefacts for serving: ONNX files, TensorRT engines, ahead-of-time compiled packages."""

@@ -1,0 +1,220 @@
+"""Ahead-of-time compiled packages: a rewritten model with its Triton kernels inside, run without Python or vmoba_compile."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .._version import __version__
+from ..backend import _sound
+from ..config import VMoBAConfig
+from ..kernels.partition import Triple
+from ..passes import ExportError, Report
+from ..passes.recognise import module_path
+from .program import Captured, capture, configured, first_line, relative_error, tensors_of
+
+METADATA = "vmoba_compile"  # the key of what a package tells of itself
+
+_OPERATORS = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that was written, see :func:`export_package`."""
+
+    path: Path
+    report: Report
+    kernels: tuple[str, ...]  # VMoBA's Triton kernels inside
+    bytes: int
+    seconds: float  # that compiling it took
+    error: float | None  # relative to the rewritten program; None if it was not compared
+
+    def load(self) -> Any:
+        """The package as a callable that takes what the model took."""
+        return torch._inductor.aoti_load_package(str(self.path))
+
+
+def export_package(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.pt2",
+    *,
+    config: VMoBAConfig | Mapping[str, Any] | None = None,
+    grid: Triple | None = None,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    expect: int | None = None,
+    inductor_options: Mapping[str, Any] | None = None,
+    verify: bool = False,
+) -> Package:
+    """Compile ``model`` for inference with AOTInductor, its video attention rewritten, into the file ``path`` (.pt2).
+
+    The package is for the GPU that the model is on, and others of its compute capability. It is loaded by
+    ``torch._inductor.aoti_load_package(path)`` in Python, where vmoba_compile is not needed, or by
+    ``torch::inductor::AOTIModelPackageLoader`` in C++, see examples/package_cpp. It holds the portable kernels. A model
+    that returns a class of its library's needs that library where it is loaded in Python (of diffusers:
+    ``return_dict=False`` does without).
+
+    The other arguments are those of ``capture``: with ``dynamic_shapes`` the batch may be dynamic, with a largest size, but
+    not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, runs it on the given inputs and
+    compares it with the rewritten program.
+
+    Raises:
+        ExportError: the model is not on a GPU, or torch.export or AOTInductor cannot do it. ValueError: a bad ``path``.
+        GridError, CoverageError: see ``capture``.
+    """
+    path = _checked(path)
+    config = configured(model, config)
+    from ..kernels import inline  # imports triton
+
+    captured = capture(
+        model, args, kwargs, config=config, grid=grid, dynamic_shapes=dynamic_shapes, strict=strict, expect=expect
+    )
+    program = captured.program
+    device = _device(program, captured)
+    expected = _run(program.module(), captured) if verify else None
+    replace_operators(program)
+    about = json.dumps(_about(model, captured, device, config))
+    # Kernels that are tried on invented inputs would follow invented lists to any address; the model's own inputs are used.
+    options = {**_sound(), "triton.autotune_at_compile_time": False, "aot_inductor.metadata": {METADATA: about}}
+    start = time.perf_counter()
+    with inline.watch() as launches, torch.no_grad():
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options | dict(inductor_options or {})
+            )
+        except Exception as error:
+            cause = first_line(error)
+            raise ExportError(f"AOTInductor cannot compile {type(model).__name__}: {cause}") from error
+    seconds = time.perf_counter() - start
+    package = Package(path, captured.report, tuple(sorted(set(launches))), path.stat().st_size, seconds, None)
+    if expected is None:
+        return package
+    return replace(package, error=relative_error(_run(package.load(), captured), expected))
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a package tells of itself: ``config``, ``report``, ``inputs`` in the order in which C++ hands them over, where
+    it was made. Nothing of the package is loaded.
+
+    Raises:
+        ValueError: the file is no package of :func:`export_package`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("_metadata.json"):
+                    told = json.loads(archive.read(name)).get(METADATA)
+                    if told is not None:
+                        return json.loads(told)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a package: {error}") from error
+    raise ValueError(f"{path} was not made by vmoba_compile.export_package")
+
+
+def replace_operators(program: ExportedProgram) -> int:
+    """Put the inline operators in place of the opaque ones; how many attentions there were.
+
+    Raises:
+        ExportError: an operator has no inline form.
+    """
+    from ..kernels import inline
+
+    operators = torch.ops.vmoba
+    forms = {
+        operators.select.default: operators.select_inline.default,
+        operators.attention.default: operators.attention_inline.default,
+    }
+    done = 0
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.target not in forms:
+            continue
+        kwargs = dict(node.kwargs)
+        implementation = kwargs.pop("implementation", "auto")
+        if implementation not in ("auto", "triton"):
+            raise ExportError(
+                f"a package holds the portable Triton kernels, but the model asks for implementation={implementation!r};"
+                " leave it at 'auto'"
+            )
+        args, given = _values((node.args, kwargs))
+        reason = inline.why_not(node.target, args, given, lambda n: _largest(program, n))
+        if reason:
+            raise ExportError(f"a package cannot hold the attention at {module_path(node) or node.name}: {reason}")
+        node.target, node.kwargs = forms[node.target], kwargs
+        done += node.target is torch.ops.vmoba.attention_inline.default
+    program.graph_module.recompile()
+    return done
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path must end in .pt2, as packages of PyTorch do, not {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} of path does not exist")
+    return path
+
+
+def _device(program: ExportedProgram, captured: Captured) -> torch.device:
+    """The one that the model is on. Raises ExportError where its package could not hold the kernels."""
+    tensors = [*program.state_dict.values(), *tensors_of((captured.args, captured.kwargs))]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    has_attention = any(node.target in _OPERATORS for node in program.graph.nodes)
+    if has_attention and device.type != "cuda":
+        raise ExportError(
+            "a package holds VMoBA attention as kernels for NVIDIA GPUs, but the model is on the device"
+            f" {str(device)!r}; move it and its inputs to a GPU with .to('cuda') before the export"
+        )
+    return device
+
+
+def _about(model: nn.Module, captured: Captured, device: torch.device, config: VMoBAConfig) -> dict[str, Any]:
+    inputs = [
+        {"name": name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)}
+        for name, x in _named((captured.args, captured.kwargs))
+    ]
+    facts: dict[str, Any] = {
+        "version": __version__, "torch": torch.__version__, "platform": platform.platform(),
+        "model": type(model).__name__, "device": str(device), "config": config.to_dict(),
+        "report": json.loads(captured.report.to_json()), "inputs": inputs,
+    }  # fmt: skip
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["compute_capability"] = list(torch.cuda.get_device_capability(device))
+    return facts
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of (args, kwargs) in the order in which a package in C++ takes them."""
+    for keys, leaf in torch.utils._pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            yield torch.utils._pytree.keystr(keys[1:]), leaf
+
+
+def _values(tree: Any) -> Any:
+    """The fake values in place of the nodes."""
+    return fx.map_arg(tree, lambda node: node.meta["val"])
+
+
+def _largest(program: ExportedProgram, size: torch.SymInt) -> int | None:
+    """The largest value that a dynamic size may take, None if it has no bound."""
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    upper = bound_sympy(size.node.expr, dict(program.range_constraints)).upper
+    return int(upper) if upper.is_Integer else None
+
+
+def _run(call: Any, captured: Captured) -> Any:
+    with torch.no_grad():
+        return call(*captured.args, **captured.kwargs)
