@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -48,6 +47,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vmoba_compile.blocks import SCHEMES
+from vmoba_compile.profit import crossover
 
 RESULTS = Path(__file__).parent / "results"
 ERROR_LIMIT = 1e-2  # of 16-bit outputs, relative
@@ -256,18 +256,6 @@ def measure_scaling(case: Case, setup: Setup) -> dict:
     mean = {name: sum(part[name] for part in parts.values()) / len(parts) for name in ("dense_ms", "total_ms")}
     ratio = mean["dense_ms"] / mean["total_ms"]
     return {"implementation": used, **mean, "ratio": ratio, "timing": "; ".join(sorted(how)), **parts}
-
-
-def crossover(rows: list[dict]) -> int | None:
-    """Tokens from which sparse is faster at every larger size, read between two sizes on the logarithms; None: nowhere.
-
-    Where sparse is faster at the smallest size already, that size.
-    """
-    first = next((place for place in range(len(rows)) if all(row["ratio"] >= 1 for row in rows[place:])), None)
-    if not first:
-        return None if first is None else rows[0]["tokens"]
-    (x0, y0), (x1, y1) = ((math.log(row["tokens"]), math.log(row["ratio"])) for row in rows[first - 1 : first + 1])
-    return round(math.exp(x0 - y0 * (x1 - x0) / (y1 - y0)))
 
 
 def run_scaling(setup: Setup) -> dict:

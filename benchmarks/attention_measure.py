@@ -160,9 +160,13 @@ def interleaved(
 
     turn()
     repeats = max(least, min(most, int(budget_ms / max(turn(), 1e-3))))
-    clock = _device_times if device == "cuda" else _host_times
-    times = clock(runs, repeats)
+    times = in_turns(runs, device, repeats)
     return {name: statistics.median(values) for name, values in times.items()}, repeats
+
+
+def in_turns(runs: dict[str, Run], device: str, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, ``repeats`` times in turns, by the device's own clock where it has one."""
+    return (_device_times if device == "cuda" else _host_times)(runs, repeats)
 
 
 def _host_times(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:

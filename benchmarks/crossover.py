@@ -1,5 +1,7 @@
 """From how many tokens sparse attention is faster than dense on this device: what ``min_tokens="auto"`` rests on.
 
+``python -m vmoba_compile bench --calibrate`` finds the same for your own device, and for training; this draws the plot.
+
     python benchmarks/crossover.py              # a few minutes on two CPU cores
 
 Times one attention, selection included, against ``F.scaled_dot_product_attention`` of the same tensors (cuDNN's on a
@@ -30,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vmoba_compile
 from vmoba_compile.__main__ import parse_grid
 from vmoba_compile.blocks import SCHEMES, default_block
+from vmoba_compile.profit import crossover
 
 GRIDS = [(5, 8, 14), (7, 11, 20), (9, 15, 26), (11, 20, 34), (13, 22, 40), (17, 26, 45), (21, 30, 52)]
 RESULTS = Path(__file__).parent / "results"
@@ -63,13 +66,8 @@ def measure(grid: tuple[int, int, int], heads: int, head_dim: int, repeats: int,
         sparse = seconds(lambda block=block: vmoba_compile.attention(q, k, v, grid, block=block), repeats)
         density = float(vmoba_compile.select(q, k, grid, block=block).density().mean())
         row[scheme] = {"block": block, "seconds": sparse, "density": density, "speedup": dense / sparse}
+    row["ratio"] = len(SCHEMES) * dense / sum(row[scheme]["seconds"] for scheme in SCHEMES)
     return row
-
-
-def crossover(rows: list[dict]) -> int | None:
-    """Least token count from which every larger grid is faster in the mean over the schemes, None where there is none."""
-    faster = [sum(row[s]["seconds"] for s in SCHEMES) < 3 * row["dense_s"] for row in rows]
-    return next((row["tokens"] for place, row in enumerate(rows) if all(faster[place:])), None)
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -106,10 +104,8 @@ def main() -> None:
     table = Table("grid", "tokens", "dense ms", *(f"{scheme} ms (density)" for scheme in SCHEMES), "mean speed")
     for row in rows:
         cells = [f"{row[s]['seconds'] * 1e3:.1f} ({row[s]['density']:.2f})" for s in SCHEMES]
-        mean = 3 * row["dense_s"] / sum(row[s]["seconds"] for s in SCHEMES)
-        table.add_row(
-            "x".join(map(str, row["grid"])), str(row["tokens"]), f"{row['dense_s'] * 1e3:.1f}", *cells, f"{mean:.2f}x"
-        )
+        grid, dense_ms = "x".join(map(str, row["grid"])), f"{row['dense_s'] * 1e3:.1f}"
+        table.add_row(grid, str(row["tokens"]), dense_ms, *cells, f"{row['ratio']:.2f}x")
     found = crossover(rows)
     title = f"{name}, torch {torch.__version__}, {args.heads} heads x {args.head_dim}"
     console = Console()

@@ -1,4 +1,4 @@
-"""Train a video transformer of one's own, its attention found in the graph: nothing in the model names VMoBA.
+"""Train and sample a video transformer of one's own, its attention found in the graph: the model does not name VMoBA.
 
 python examples/own_model.py
 """
@@ -28,13 +28,23 @@ class VideoTransformer(nn.Module):
 
 torch.manual_seed(0)
 model = VideoTransformer()
+# On a GPU, with videos of ten thousand tokens or more: fast = vmoba_compile.optimize(model)
 fast = vmoba_compile.optimize(model, VMoBAConfig(min_tokens=0), inner="aot_eager", expect=1)
+
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(10):
-    clip = torch.randn(1, 3, 8, 16, 16)
-    loss = (fast(clip) - clip).square().mean()
+    clip, noise = torch.randn(2, 1, 3, 8, 16, 16)
+    loss = (fast(torch.lerp(clip, noise, torch.rand(()))) - (noise - clip)).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step}: loss {loss.item():.4f}")
+
+video = torch.randn(1, 3, 8, 16, 16)
+with torch.no_grad():
+    # The first quarter of the steps is dense, as weights want it that were trained dense; for others, dense_steps=0.
+    for _ in fast.schedule(50):
+        video = video - fast(video) / 50
+print(f"sampled a video, standard deviation {video.std():.2f}")
+
 print(vmoba_compile.report(fast))

@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,7 @@ def start_run(model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse
     """Make the run's folder, or load its newest checkpoint; returns steps and seconds of training so far."""
     log, state = args.out / "log.jsonl", {"step": 0, "seconds": 0.0}
     if args.resume:
-        folder = max(args.out.glob("checkpoint-[0-9]*"), default=None)
+        folder = newest_checkpoint(args.out)
         if folder is None:
             raise SystemExit(f"--resume finds no checkpoint in {args.out}")
         state = torch.load(folder / "state.pt", map_location=args.device, weights_only=True)
@@ -325,6 +325,10 @@ def start_run(model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "run.json").write_text(json.dumps(settings(args), indent=1) + "\n")
     return state["step"], state["seconds"]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return max(run.glob("checkpoint-[0-9]*"), default=None)
 
 
 def save_checkpoint(
@@ -347,12 +351,18 @@ def sample(model: nn.Module, args: argparse.Namespace) -> Tensor:
     """Clips made from noise in Euler steps from time 1 to 0: [samples, 3, T, 2H, 2W]."""
     clips = []
     for start in range(HELD_OUT, HELD_OUT + args.samples, args.batch):
-        _, video, _ = examples(range(start, start + args.batch), args)
-        for step in range(args.euler_steps, 0, -1):
-            times = torch.full((args.batch,), step / args.euler_steps, device=args.device)
-            video = video - predict(model, video, times) / args.euler_steps
-        clips.append(video)
+        _, noises, _ = examples(range(start, start + args.batch), args)
+        clips.append(denoise(model, noises, range(args.euler_steps, 0, -1), args))
     return torch.cat(clips)[: args.samples]
+
+
+@torch.no_grad()
+def denoise(model: nn.Module, video: Tensor, steps: Iterable[int], args: argparse.Namespace) -> Tensor:
+    """An Euler step from time step / euler_steps for each of ``steps``, as many of them left as its number."""
+    for step in steps:
+        times = torch.full((len(video),), step / args.euler_steps, device=args.device)
+        video = video - predict(model, video, times) / args.euler_steps
+    return video
 
 
 def write_sheet(clips: Tensor, path: Path, columns: int = 6) -> str:
@@ -433,7 +443,7 @@ def plot(runs: list[Path], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--attention", choices=("dense", "vmoba", "moba"), default="vmoba", help="how the model is wrapped")
@@ -458,7 +468,7 @@ def arguments() -> argparse.Namespace:
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--out", type=Path, help="folder for what is written (runs/<attention>, or runs/compare)")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="train nothing; compare the runs in these folders")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
     args.lr = args.lr or 8e-3 / args.width**0.5

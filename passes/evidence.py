@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -32,7 +32,16 @@ class Evidence:
     axes: Axes
     graph: int
     told: tuple[tuple[str, str], ...]
+    where: str = "before a graph break"
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """True for a tensor of this shape."""
+        return len(shape) == len(self.axes) and all(
+            is_mixed(axis) or axis_size(axis).expr == size for axis, size in zip(self.axes, shape, strict=True)
+        )
+
+
+_EARLIER = "an earlier graph"
 
 Handed = tuple[Evidence | None, ...]
 
@@ -49,10 +58,11 @@ def hand_over(scope: Scope, tracking: Tracking, graph: int) -> list[Evidence | N
     """Evidence on each output of a graph that was walked; None where it tells nothing of a video."""
     outputs = scope.module.graph.output_node().args[0]
     nodes = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    return [_evidence(scope, node, tracking, graph) if isinstance(node, fx.Node) else None for node in nodes]
+    return [evidence_at(scope, node, tracking, graph) if isinstance(node, fx.Node) else None for node in nodes]
 
 
-def _evidence(scope: Scope, node: fx.Node, tracking: Tracking, graph: int) -> Evidence | None:
+def evidence_at(scope: Scope, node: fx.Node, tracking: Tracking, graph: int = 0) -> Evidence | None:
+    """Evidence on one value of a graph, as far as it holds outside of that graph; None where it tells nothing of a video."""
     axes = scope.axes_of(node)
     sizes = shape_of(node) or []
     if axes is None or not any(claims(axis) for axis in axes):
@@ -62,7 +72,7 @@ def _evidence(scope: Scope, node: fx.Node, tracking: Tracking, graph: int) -> Ev
         return None
     others = unknowns(sizes, scope.label + node.name)
     kept = tuple(
-        ((Factor(ONE, MIXED, "an earlier graph"),),)
+        ((Factor(ONE, MIXED, _EARLIER),),)
         if is_mixed(axis)
         else axis
         if all(map(_lasting, _all_factors(axis)))
@@ -90,6 +100,30 @@ def numbered(handed: Sequence[Evidence | None]) -> Handed:
     return tuple(None if x is None else replace(x, graph=order.setdefault(x.graph, len(order))) for x in handed)
 
 
+def canonical(known: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """The same evidence with what is no video named by its order of appearance: equal for modules that take the same."""
+    names: dict[str, str] = {}
+
+    def rename(source: str) -> str:
+        return names.setdefault(source, f"value {len(names)}")
+
+    kept = {source for evidence in known.values() for source, _ in evidence.told} | {_EARLIER}
+    return {
+        argument: replace(
+            evidence,
+            where="in the whole model",
+            axes=tuple(
+                tuple(
+                    tuple(_renamed(factor, lambda x: x if x in kept else rename(x)) for factor in segment)
+                    for segment in axis
+                )
+                for axis in evidence.axes
+            ),
+        )
+        for argument, evidence in known.items()
+    }
+
+
 def given(module: fx.GraphModule, handed: Handed) -> Given:
     """Types for the inputs of a graph; sources of another graph get names of their own here."""
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -106,16 +140,17 @@ def given(module: fx.GraphModule, handed: Handed) -> Given:
         if len(sizes) != len(known) or not all(map(same, map(axis_size, known), sizes)):
             continue
         found.axes[index] = tuple(
-            tuple(tuple(_renamed(factor, prefix) for factor in segment) for segment in axis) for axis in known
+            tuple(tuple(_renamed(factor, prefix.__add__) for factor in segment) for segment in axis) for axis in known
         )
-        found.told |= {prefix + source: f"{text}, before a graph break" for source, text in evidence.told}
+        found.told |= {prefix + source: f"{text}, {evidence.where}" for source, text in evidence.told}
     return found
 
 
-def _renamed(factor: Factor, prefix: str) -> Factor:
+def _renamed(factor: Factor, name: Callable[[str], str]) -> Factor:
     part = factor.part
     if part is not None:
-        part = (tuple(_renamed(inner, prefix) for inner in part[0]), part[1])
-    folded = None if factor.folded is None else prefix + factor.folded
-    place = factor.place and factor.place._replace(tensor=prefix + factor.place.tensor)
-    return replace(factor, source=prefix + factor.source, part=part, folded=folded, place=place)
+        part = (tuple(_renamed(inner, name) for inner in part[0]), part[1])
+    folded = None if factor.folded is None else name(factor.folded)
+    place = factor.place and factor.place._replace(tensor=name(factor.place.tensor))
+    picked = tuple(map(name, factor.picked))
+    return replace(factor, source=name(factor.source), part=part, folded=folded, place=place, picked=picked)

@@ -34,6 +34,7 @@ class Reason(str, Enum):
     DYNAMIC_GRID = "dynamic_grid"
     SHARED_SUBGRAPH = "shared_subgraph"
     CONTROL_FLOW = "control_flow"
+    NOT_COMPILED = "not_compiled"
 
     @property
     def intended(self) -> bool:
@@ -47,12 +48,35 @@ _INTENDED = frozenset(
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The boxes that one video query selected, in the first sample of the batch.
+
+    ``query`` is (frame, row, column) on ``grid``, which ``block`` cuts into boxes (both in tokens); ``boxes`` holds the
+    selected boxes' numbers of every head, ascending, in raster order of boxes.
+    """
+
+    query: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    boxes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Picture:
+        boxes = tuple(tuple(selected) for selected in data["boxes"])
+        return cls(tuple(data["query"]), tuple(data["grid"]), tuple(data["block"]), boxes)
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention of the model.
 
     Sizes that depend on the input are strings such as ``"s0*s1"``. ``block`` is in tokens; ``dense_flops`` counts one
     forward pass of dense attention over the whole sequence (0 where the size is symbolic); ``density_bound`` is the
     largest fraction of the video pairs that the selection may keep.
+
+    The rest is measured on real inputs, None without: of every head, mean over the samples, ``density`` is the kept
+    fraction of the video pairs and ``mass`` the share of dense attention's weights on the keys that are still attended;
+    ``sparse_flops`` counts one forward pass, the selection included; ``dense_ms`` and ``sparse_ms`` are the times of one.
     """
 
     path: str
@@ -72,6 +96,12 @@ class Site:
     evidence: str = ""
     dense_flops: int = 0
     density_bound: float | None = None
+    density: tuple[float, ...] | None = None
+    mass: tuple[float, ...] | None = None
+    sparse_flops: int | None = None
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    picture: Picture | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -86,17 +116,23 @@ class Site:
         return "+".join(part for part in parts if part != "0")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"reason": self.reason.value}
+        """Fields by name, of the measured ones those that are known."""
+        fields = asdict(self) | {"reason": self.reason.value}
+        return {name: value for name, value in fields.items() if value is not None or name not in _MEASURED}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Site:
         fields = dict(data)
         fields["reason"] = Reason(fields["reason"])
-        for name in ("grid", "block"):
+        for name in ("grid", "block", "density", "mass"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
+        if fields.get("picture") is not None:
+            fields["picture"] = Picture.from_dict(fields["picture"])
         return cls(**fields)
 
+
+_MEASURED = frozenset({"density", "mass", "sparse_flops", "dense_ms", "sparse_ms", "picture"})
 
 SiteKey = tuple[str, str, int]  # module path, source line, and how many sites of those came before in the graph
 
@@ -158,15 +194,21 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def save(self, path: str | Path) -> None:
-        """Write ``.json`` (read back by :meth:`load`) or ``.html`` (the table as a page)."""
+        """Write ``.json`` (read back by :meth:`load`) or ``.html`` (one page that needs no other file and no network).
+
+        Raises:
+            ValueError: the path has another ending.
+        """
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(self.to_json() + "\n")
+            path.write_text(self.to_json() + "\n", encoding="utf-8")
         elif path.suffix == ".html":
-            path.write_text(self._render(html=True))
+            from .page import page
+
+            path.write_text(page(self), encoding="utf-8")
         else:
             raise ValueError(f"a report is saved as .json or .html, not {path.suffix or 'without an ending'!r}")
 
@@ -185,35 +227,43 @@ class Report:
         return f"{found} (left dense: {others})" if others else found
 
     def _table(self):
+        from rich.markup import escape
         from rich.table import Table
 
+        measured = [(title, name) for title, name in (("density", "density"), ("mass kept", "mass")) if self._any(name)]
         table = Table(show_edge=False, pad_edge=False)
-        for title in ("layer", "module", "heads", "tokens", "block", "verdict"):
-            table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
+        for title in ("layer", "module", "heads", "tokens", "block", *(title for title, _ in measured), "verdict"):
+            right = title in ("layer", "density", "mass kept")
+            table.add_column(title, justify="right" if right else "left", no_wrap=True)
         table.add_column("why")
         for site in self.sites:
             block = "x".join(map(str, site.block)) if site.block else ""
             colour = "green" if site.rewritten else "yellow"
+            shares: list[tuple[float, ...] | None] = [getattr(site, name) for _, name in measured]
             table.add_row(
                 "" if site.layer is None else str(site.layer),
-                site.path or "(top)",
+                escape(site.path or "(top)"),
                 f"{site.heads}x{site.head_dim}",
                 site.layout,
                 f"{site.scheme} {block}" if site.scheme else "",
+                *("" if not share else f"{sum(share) / len(share):.3f}" for share in shares),
                 f"[{colour}]{site.reason.value}[/]",
-                site.evidence if site.rewritten else site.detail,
+                escape(site.evidence if site.rewritten else site.detail),
             )
         return table
 
-    def _render(self, html: bool = False) -> str:
+    def _any(self, name: str) -> bool:
+        return any(getattr(site, name) is not None for site in self.sites)
+
+    def _render(self) -> str:
         from io import StringIO
 
         from rich.console import Console
 
-        width = 180 if html else max(80, shutil.get_terminal_size((180, 24)).columns)
-        console = Console(file=StringIO(), width=width, record=html, no_color=not html, force_terminal=False)
-        console.print(self)
-        return console.export_html() if html else "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+        out = StringIO()
+        width = max(80, shutil.get_terminal_size((180, 24)).columns)
+        Console(file=out, width=width, no_color=True, force_terminal=False).print(self)
+        return "\n".join(map(str.rstrip, out.getvalue().splitlines()))
 
 
 def site_keys(places: Iterable[tuple[str, str]]) -> list[SiteKey]:

@@ -16,6 +16,7 @@ from .canonical import Spelled, spell
 from .decide import Decision, decide
 from .evidence import Evidence, Handed, given, hand_over
 from .handwritten import read
+from .landmarks import Landmarks, is_landmark
 from .masks import masks_queries
 from .modules import spell_module
 from .reading import Unread
@@ -46,8 +47,11 @@ class Policy(Protocol):
     @property
     def dense_layers(self) -> tuple[int, ...]: ...
 
-    def least_tokens(self, device_type: str) -> int:
-        """Sequences shorter than this stay dense."""
+    def least_tokens(self, device: torch.device, training: bool) -> int:
+        """Sequences shorter than this stay dense on that device; ``training`` where a backward follows."""
+
+    def least_tokens_named(self, device: torch.device, training: bool) -> str:
+        """That number and where it comes from, for a sentence: "fewer than ..."."""
 
     def block_for(self, layer: int, grid: Triple) -> tuple[str, tuple[int | None, int | None, int | None]]:
         """Scheme and block size of a layer; None is a whole axis."""
@@ -79,16 +83,24 @@ def rewrite_one(
     layers: Layers,
     handed: Handed | None = None,
     number: int = 0,
+    landmarks: Landmarks | None = None,
 ) -> tuple[Report, list[Evidence | None]]:
     """As :func:`rewrite`, for one of several graphs of a model, cut apart by graph breaks.
 
     Takes what graphs before it told of its inputs, one entry for each; returns what it tells of its outputs. ``number``
-    is different for each graph.
+    is different for each graph. ``landmarks`` takes what is known at the marks in the graph.
     """
-    tracking = track(gm, lambda node: spelling(node) is not None, given(gm, handed) if handed else None)
+
+    def wanted(node: fx.Node) -> bool:
+        return spelling(node) is not None or is_landmark(node)
+
+    tracking = track(gm, wanted, given(gm, handed) if handed else None)
     told = hand_over(tracking.top, tracking, number)
-    keys = site_keys((module_path(node), source_line(node)) for _, node in tracking.order)
-    plan = [_plan(scope, node, tracking, grid, config.float_masks == "padding") for scope, node in tracking.order]
+    if landmarks is not None:
+        landmarks.take(tracking)
+    order = [(scope, node) for scope, node in tracking.order if not is_landmark(node)]
+    keys = site_keys((module_path(node), source_line(node)) for _, node in order)
+    plan = [_plan(scope, node, tracking, grid, config.float_masks == "padding") for scope, node in order]
     report = Report()
     for key, found in zip(keys, plan, strict=True):
         report.sites.append(_carry_out(found, config, layers, key))
@@ -177,11 +189,11 @@ def _apply(
     layout = found.decision.layout
     assert layout is not None
     tokens = (shape_of(call.query) or [])[2]
-    least = config.least_tokens(_device_type(call.query))
-    if tokens.hint < least:
+    where = _device(call.query), _needs_gradients(call)
+    if tokens.hint < config.least_tokens(*where):
         return Site(
             reason=Reason.TOO_FEW_TOKENS,
-            detail=f"{tokens} tokens are fewer than min_tokens={least}, below which dense attention is faster",
+            detail=f"{tokens} tokens are fewer than {config.least_tokens_named(*where)}",
             **facts,
         )
     layer = layers.number(key)
@@ -256,9 +268,15 @@ def _plain(size: Size) -> int | str:
     return size.expr if isinstance(size.expr, int) else str(size)
 
 
-def _device_type(node: fx.Node) -> str:
+def _device(node: fx.Node) -> torch.device:
     value = value_of(node)
-    return value.device.type if isinstance(value, torch.Tensor) else "cpu"
+    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+
+
+def _needs_gradients(call: AttentionCall) -> bool:
+    """True where the result requires gradients: one of q, k and v does, and the graph does not switch gradients off."""
+    value = value_of(call.node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _unentered(tracking: Tracking) -> list[Site]:

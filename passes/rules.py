@@ -342,7 +342,7 @@ _KEEP = [
     "rms_norm", "native_layer_norm", "softmax", "_softmax", "_safe_softmax", "log_softmax", "normalize",
     "masked_fill", "cumsum",
     "cpu", "cuda", "nan_to_num", "_to_copy", "dropout_", "cumprod", "batch_norm", "group_norm", "instance_norm",
-    "masked_fill_", "fill_", "zero_",
+    "masked_fill_", "fill_", "zero_", "vmoba::landmark",
 ]  # fmt: skip
 _REDUCE = ["sum", "mean", "amax", "amin", "prod", "norm", "var", "std", "logsumexp", "any", "all", "linalg_vector_norm"]
 _NORMS = ("norm", "linalg_vector_norm")

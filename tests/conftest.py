@@ -43,6 +43,12 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def shipped_figures(monkeypatch, tmp_path):
+    """The figures of min_tokens="auto" that are shipped, not what was measured on this machine."""
+    monkeypatch.setenv("VMOBA_COMPILE_CALIBRATION", str(tmp_path / "calibration.json"))
+
+
+@pytest.fixture(autouse=True)
 def plans(monkeypatch):
     """Launches recorded by this test only: others may have changed constants that no key holds."""
     from vmoba_compile.kernels import implementations, launches

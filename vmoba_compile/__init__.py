@@ -8,6 +8,7 @@ from .deploy.package import Package, export_package
 from .deploy.torch_tensorrt import TorchTensorRT, export_torch_tensorrt, load_torch_tensorrt
 from .explain import explain
 from .kernels import Selection, attention, select
+from .measure import measure
 from .optimize import OptimizedModel, optimize, report
 from .passes import CoverageError, ExportError, GridError, InputError, Report, RewriteError, Site
 from .schedule import Schedule
@@ -17,5 +18,5 @@ __all__ = [
     "CoverageError", "Engine", "ExportError", "GridError", "InputError", "OnnxExport", "OptimizedModel", "Package", "Report",
     "RewriteError", "Schedule", "Selection", "Site", "TorchTensorRT", "VMoBAConfig", "Verification", "__version__",
     "attention", "build_engine", "explain", "export_onnx", "export_package", "export_torch_tensorrt", "load_torch_tensorrt",
-    "optimize", "report", "select", "verify",
+    "measure", "optimize", "report", "select", "verify",
 ]  # fmt: skip

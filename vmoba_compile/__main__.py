@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import bench
 from .config import VMoBAConfig
 from .deploy.command import add_arguments, export
 from .explain import explain
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--min-tokens", type=int, metavar="N", help="the min_tokens of the configuration")
         command.add_argument("--save", type=Path, metavar="FILE", help="write the report as .json or .html")
     add_arguments(exported)
+    benched = commands.add_parser(
+        "bench",
+        help="dense against sparse attention on this device, and from how many tokens sparse is faster",
+        description="Time one attention on this device, dense and sparse.",
+    )
+    bench.add_arguments(benched, parse_grid)
     return parser
 
 
@@ -91,10 +98,12 @@ def _explain(args: argparse.Namespace, config: VMoBAConfig) -> Report:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 where nothing would be rewritten, 2 on wrong use."""
+    """Run a command; returns the exit status: 0, 1 where nothing is rewritten or decided, 2 on wrong use."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if args.command == "bench":
+            return bench.run(args)
         if args.save and args.save.suffix not in (".json", ".html"):
             raise ValueError(f"--save takes a .json or .html file, not {args.save}")
         options = json.loads(args.config.read_text()) if args.config else {}

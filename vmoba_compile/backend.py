@@ -18,7 +18,9 @@ from .handover import Handover, copied
 from .kernels.api import triple
 from .kernels.partition import Triple
 from .passes import CoverageError, Report
+from .passes.dump import dump
 from .passes.evidence import Evidence, Handed, numbered
+from .passes.landmarks import Landmarks
 from .passes.rewrite import rewrite_one
 
 Inner = Callable[..., Callable[..., Any]]
@@ -86,6 +88,9 @@ class Rewriter:
     ran: list[Report] | None = None  # reports of the graphs that ran, where somebody wants to know
     latest: Report | None = None
     handover: Handover | None = None  # where the beginning of a call of the model is known
+    landmarks: Landmarks | None = None  # of a dry run, where it is to read some
+    dump_dir: str | Path | None = None  # a folder for the text of every graph, before and after the rewrite
+    label: str = ""  # begins the names of those files
 
     @property
     def __name__(self) -> str:
@@ -98,7 +103,10 @@ class Rewriter:
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], handed: Handed) -> _Version:
         """Rewrite one graph, given what others told of its inputs, and compile it."""
         self.graphs += 1
-        found, told = rewrite_one(gm, self.config, self.grid, self.report.layers, handed, self.graphs)
+        name = f"{self.label}graph_{self.graphs}"
+        dump(gm, f"{name}_before", self.dump_dir)
+        found, told = rewrite_one(gm, self.config, self.grid, self.report.layers, handed, self.graphs, self.landmarks)
+        dump(gm, f"{name}_after", self.dump_dir)
         self._take(found)
         if self.strict:
             check_strict(found)
@@ -212,8 +220,9 @@ def vmoba(
     """``torch.compile(model, backend="vmoba", options={...})``.
 
     Options: every field of :class:`VMoBAConfig`, ``config`` (a whole one, or a mapping), ``grid``, ``inner``,
-    ``inner_options``, ``strict``, ``expect`` and ``report``, a :class:`Report` that is filled as graphs are compiled and
-    that numbers layers on over graph breaks. ``expect`` counts the sites of one graph, so it wants ``fullgraph=True``.
+    ``inner_options``, ``strict``, ``expect``, ``dump_dir`` and ``report``, a :class:`Report` that is filled as graphs are
+    compiled and that numbers layers on over graph breaks. ``expect`` counts the sites of one graph, so it wants
+    ``fullgraph=True``.
     """
     options = dict(options or {})
     given: dict[str, Any] = {name: options.pop(name, None) for name in _OWN_OPTIONS}
@@ -233,6 +242,8 @@ def vmoba(
         inner=inner_compiler(given["inner"] or "inductor", mode, given["inner_options"]),
         strict=bool(given["strict"]),
         report=report,
+        dump_dir=given["dump_dir"],
+        label=_next_label(given["dump_dir"]),
     )
     compiled = rewriter(gm, example_inputs)
     if given["expect"] is not None:
@@ -241,4 +252,9 @@ def vmoba(
     return compiled
 
 
-_OWN_OPTIONS = ("config", "grid", "inner", "inner_options", "strict", "expect", "report")
+_OWN_OPTIONS = ("config", "grid", "inner", "inner_options", "strict", "expect", "dump_dir", "report")
+
+
+def _next_label(folder: str | Path | None) -> str:
+    """Each call of the backend is one graph, which must not take the place of those dumped before."""
+    return "" if folder is None else f"{len(list(Path(folder).glob('*_before.py')))}_"

@@ -8,13 +8,11 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from . import profit
 from .blocks import SCHEMES, Block, Triple, default_block
 from .kernels.api import check_selection
-
-# Tokens from which sparse attention is used with min_tokens="auto": measured on two CPU cores by benchmarks/crossover.py,
-# on an H200 (forward) by benchmarks/attention.py.
-AUTO_MIN_TOKENS = {"cpu": 7480, "cuda": 10601}
-AUTO_MIN_TOKENS_OTHER = 8192
 
 FLOAT_MASKS = ("dense", "padding")
 
@@ -41,7 +39,9 @@ class VMoBAConfig:
             run without waiting for the device (a RuntimeError on a CPU, a device-side assertion on a GPU).
         dense_steps: first denoising steps that ``schedule`` keeps dense, a fraction (float) or a count (int).
         dense_layers: layer numbers kept dense.
-        min_tokens: shorter sequences stay dense; "auto" takes the crossover of the device.
+        min_tokens: shorter sequences stay dense; "auto" takes the length from which sparse attention is faster on the
+            device, for inference or for training: your own figure, where ``python -m vmoba_compile bench --calibrate``
+            has measured it, else a shipped one (see ``profit``).
 
     Raises:
         ValueError, TypeError: a value is out of range, unknown or of the wrong type.
@@ -74,11 +74,18 @@ class VMoBAConfig:
         if self.min_tokens != "auto" and not _is_count(self.min_tokens):
             raise ValueError(f"min_tokens must be 'auto' or an int of at least 0, not {self.min_tokens!r}")
 
-    def least_tokens(self, device_type: str) -> int:
-        """Sequences shorter than this stay dense on that device."""
+    def least_tokens(self, device: torch.device, training: bool) -> int:
+        """Sequences shorter than this stay dense on that device; ``training`` where a backward follows."""
+        return self._least(device, training).tokens
+
+    def least_tokens_named(self, device: torch.device, training: bool) -> str:
+        """That number and where it comes from, for a sentence: "fewer than ..."."""
+        return self._least(device, training).named
+
+    def _least(self, device: torch.device, training: bool) -> profit.Least:
         if isinstance(self.min_tokens, int):
-            return self.min_tokens
-        return AUTO_MIN_TOKENS.get(device_type, AUTO_MIN_TOKENS_OTHER)
+            return profit.Least(self.min_tokens, f"min_tokens={self.min_tokens} of the configuration")
+        return profit.least_tokens(device, training)
 
     def block_for(self, layer: int, grid: Triple) -> tuple[str, Block]:
         """Scheme of a layer ("1d", "2d", "3d" in turn) and its block size in tokens on ``grid``, None for a whole axis.

@@ -9,15 +9,17 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .backend import Rewriter, check_grid
+from .compiling import compile_with, input_error, whole_graphs
 from .config import VMoBAConfig, as_config
 from .handover import Handover
 from .kernels.partition import Triple
-from .optimize import _input_error, compile_with, whole_graphs
 from .passes import Report, RewriteError
+from .passes.landmarks import Landmarks
 
 
 def explain(
@@ -39,14 +41,30 @@ def explain(
         model = model._orig_mod
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    return dry_run(model, args, kwargs, as_config(config), check_grid(grid))
+
+
+def dry_run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: VMoBAConfig,
+    grid: Triple | None,
+    landmarks: Landmarks | None = None,
+    remedy: str = "use optimize() and report()",
+) -> Report:
+    """Trace and rewrite the whole model on fake tensors; ``landmarks`` takes what is known at the marks in its graphs.
+
+    ``remedy`` is for a model that cannot be run without values.
+    """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    rewriter = Rewriter(as_config(config), check_grid(grid), _WithoutRunning(fake_mode), handover=Handover())
+    rewriter = Rewriter(config, grid, _WithoutRunning(fake_mode), handover=Handover(), landmarks=landmarks)
 
     def fake(value: Any) -> Any:
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
     tensors = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-    fake_args, fake_kwargs = pytree.tree_map(fake, (args, kwargs))
+    fake_args, fake_kwargs = pytree.tree_map(fake, (args, dict(kwargs)))
     compiled = compile_with(model, rewriter, {"dynamic": False})
     try:
         with _reparametrize_module(model, tensors), torch.no_grad(), whole_graphs():
@@ -56,20 +74,22 @@ def explain(
             raise error.inner_exception from None
         raise
     except TorchRuntimeError as error:
-        raise _input_error(model, (args, kwargs), error) from error
+        raise input_error(model, (args, kwargs), error) from error
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise _needs_value(model, str(error.func), rewriter.report) from error
+        raise _needs_value(model, str(error.func), rewriter.report, remedy) from error
+    except GuardOnDataDependentSymNode as error:
+        raise _needs_value(model, str(error.cond), rewriter.report, remedy) from error
     except TypeError as error:
         if "SymInt" not in str(error):
             raise
-        raise _needs_value(model, str(error), rewriter.report) from error
+        raise _needs_value(model, str(error), rewriter.report, remedy) from error
     return rewriter.report
 
 
-def _needs_value(model: nn.Module, what: str, report: Report) -> RewriteError:
+def _needs_value(model: nn.Module, what: str, report: Report, remedy: str) -> RewriteError:
     return RewriteError(
         f"{type(model).__name__} needs a tensor's value ({what}) between two graphs, which a dry run has not; "
-        f"use optimize() and report(). Until there: {report.summary()}"
+        f"{remedy}. Until there: {report.summary()}"
     )
 
 

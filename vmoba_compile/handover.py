@@ -29,6 +29,10 @@ class Handover:
         """A call of the model begins."""
         self._known.clear()
 
+    def tell(self, tensor: torch.Tensor, evidence: Evidence) -> None:
+        """Something is known of a tensor as it now is."""
+        self._known[tensor] = (evidence, _state(tensor))
+
     def note(self, inputs: Sequence[object], outputs: Sequence[object], told: Sequence[Evidence | None]) -> None:
         """A graph ran. Its evidence is about the tensors of this run, and none is kept of tensors that share memory."""
         if not any(told) and not self._known:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
-from .backend import NO_ATTENTION, Inner, Rewriter, check_coverage, check_grid, inner_compiler, warn
+from .backend import NO_ATTENTION, Inner, check_coverage, check_grid, check_strict, warn
+from .compiling import input_error, whole_graphs
 from .config import VMoBAConfig, as_config
-from .handover import Handover
 from .kernels.partition import Triple
-from .passes import CoverageError, InputError, Report, RewriteError
+from .passes import CoverageError, Reason, Report, RewriteError
+from .pipelines import Clock, calling_pipeline
+from .regional import Regions
 from .schedule import Schedule
+from .whole import Whole
 
 
 def optimize(
@@ -29,6 +31,8 @@ def optimize(
     inner: str | Inner = "inductor",
     strict: bool = False,
     expect: int | None = None,
+    regional: bool = False,
+    dump_dir: str | Path | None = None,
     **compile_kwargs: Any,
 ) -> OptimizedModel:
     """Compile ``model`` with its dense video self-attention replaced by VMoBA attention (arXiv 2506.23858).
@@ -41,6 +45,11 @@ def optimize(
         inner: the compiler of the rewritten graph: a ``torch.compile`` backend's name or a callable.
         strict: raise unless every attention that may be over a video is rewritten.
         expect: raise unless at least so many attentions are rewritten.
+        regional: compile the model's repeated blocks one by one, one graph for all whose layers have the same schemes: a
+            fraction of the compile time; what lies outside the blocks runs eagerly. The first call with inputs of a new
+            size makes a dry run of the model. After a call with gradients enabled the model's own blocks stay compiled,
+            as ``nn.Module.compile`` leaves them, for checkpoints that the backward pass computes again.
+        dump_dir: a folder for the text of every captured graph, before and after the rewrite.
         compile_kwargs: ``fullgraph``, ``dynamic``, ``mode``, ``options`` and the rest, as for ``torch.compile``;
             ``dynamic`` is False unless given, since blocks and ``min_tokens`` belong to a size.
 
@@ -49,7 +58,11 @@ def optimize(
         ``dense()`` and ``schedule()`` besides. Graphs are made at the first call.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, unknown or out of range.
+        TypeError, ValueError: an argument is of the wrong type, unknown or out of range; ``regional`` and the model has no
+            repeated blocks.
+
+    Within the denoising loop of a diffusers pipeline that holds the result, the first ``dense_steps`` of the configuration
+    use dense attention by themselves; elsewhere ``schedule()`` says which step it is.
 
     The first call may raise :class:`GridError` (``grid`` contradicts the graph), :class:`CoverageError` (``strict`` or
     ``expect`` not met) or :class:`InputError` (the model rejects the inputs); it warns where nothing was rewritten.
@@ -79,76 +92,76 @@ def optimize(
         "inner": inner,
         "strict": strict,
         "expect": expect,
+        "regional": bool(regional),
+        "dump_dir": dump_dir,
         "compile_kwargs": compile_kwargs,
     }
     return OptimizedModel(model, settings)
-
-
-def compile_with(model: nn.Module, backend: Inner, compile_kwargs: Mapping[str, Any]) -> Any:
-    """``torch.compile`` with its own room for recompilations, where this torch offers that."""
-    kwargs = {name: value for name, value in compile_kwargs.items() if name not in ("mode", "options")}
-    # Blocks and min_tokens belong to a size: each gets a graph of its own unless told otherwise.
-    kwargs.setdefault("dynamic", False)
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        kwargs.setdefault("isolate_recompiles", True)
-    return torch.compile(model, backend=backend, **kwargs)
-
-
-def whole_graphs() -> Any:
-    """Dynamo set to go on over a number or a length read from a tensor, where it would cut the graph: masks of text."""
-    return torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
 
 
 class OptimizedModel(torch._dynamo.OptimizedModule):
     """A compiled model with a sparse and a dense graph. Made by :func:`optimize`."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
-        kwargs = settings["compile_kwargs"]
-        compiler = inner_compiler(settings["inner"], kwargs.get("mode"), kwargs.get("options"))
-        handover = Handover()
-        rewriter = Rewriter(settings["config"], settings["grid"], compiler, settings["strict"], handover=handover)
-        sparse = compile_with(model, rewriter, kwargs)
-        super().__init__(model, sparse.dynamo_ctx)
-        dense = compile_with(model, compiler, kwargs)
+        made = Regions(model, settings) if settings["regional"] else Whole(model, settings)
+        super().__init__(model, made.context)
         # Plain attributes would be set on the wrapped model.
-        object.__setattr__(self, "_vmoba", _State(settings, rewriter, handover, self.forward, dense.forward))
+        object.__setattr__(self, "_vmoba", _State(settings, made))
         # Under an outer torch.compile the graphs made here must still run, not be traced through as plain dense code.
         self.forward = torch.compiler.disable(self._call, recursive=False)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vmoba
-        rewriter = state.rewriter
-        ran: list[Report] = []
-        rewriter.ran = ran
-        state.handover.begin()
+        dense = self._uses_dense(args, kwargs)
+        state.ran_dense = dense
         try:
             with whole_graphs():
-                result = (state.dense_forward if state.dense else state.sparse_forward)(*args, **kwargs)
+                result = (state.made.run_dense if dense else state.made)(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, RewriteError):
                 raise error.inner_exception from None
             raise
         except TorchRuntimeError as error:
-            raise _input_error(self._orig_mod, (args, kwargs), error) from error
-        finally:
-            rewriter.ran = None
-        if not state.dense:
-            graphs = tuple(map(id, ran))
-            if graphs not in state.checked:
-                self._check_coverage(ran)
-                state.checked.add(graphs)
+            raise input_error(self._orig_mod, (args, kwargs), error) from error
+        if not dense and state.made.graphs() not in state.checked:
+            self._check_coverage()
+            state.checked.add(state.made.graphs())
         return result
 
-    def _check_coverage(self, ran: list[Report]) -> None:
+    @torch.compiler.disable
+    def _uses_dense(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """What was asked for, or what the step of the pipeline that is running asks for."""
+        state = self._vmoba
+        if state.dense is not None or state.settings["config"].dense_steps == 0:
+            return bool(state.dense)
+        pipeline = calling_pipeline(self)
+        if pipeline is None:
+            return False
+        step = state.clock.read(pipeline, kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        if step is None:
+            if not state.told:
+                warn(
+                    f"vmoba_compile: {type(pipeline).__name__} does not show which denoising step it is at, so that all are"
+                    " sparse; set fast.set_dense(True) for the first ones, in its callback"
+                )
+                state.told = True
+            return False
+        return bool(step.index < state.settings["config"].dense_step_count(step.count))
+
+    def _check_coverage(self) -> None:
         """Judge one call by the graphs that it ran: none where Dynamo ran the model eagerly, that is dense."""
-        settings = self._vmoba.settings
-        together = Report([site for report in ran for site in report])
+        settings, made = self._vmoba.settings, self._vmoba.made
+        together, times = made.account()
+        if settings["strict"]:
+            check_strict(together)
         check_coverage(together, strict=settings["strict"], expect=settings["expect"])
         name = type(self._orig_mod).__name__
-        if not together.rewritten:
+        if not together.rewritten and together.counts.keys() != {Reason.NOT_COMPILED.value}:
             found = together.summary() if len(together) else NO_ATTENTION
             warn(f"vmoba_compile left {name} dense: {found}; see vmoba_compile.report()")
-        times = max((ran.count(report) for report in ran if report.rewritten), default=0)
+        lost = [site for site in together if site.reason is Reason.NOT_COMPILED]
+        if lost:
+            warn(f"vmoba_compile left {len(lost)} attentions of {name} dense, such as {lost[0].path}: {lost[0].detail}")
         if times > 1:
             message = (
                 f"one compiled graph of {name} served {times} layers, which so share a layer number and a scheme; "
@@ -158,19 +171,24 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
                 raise CoverageError(f"strict=True, but {message}")
             warn(f"vmoba_compile: {message}")
 
-    def set_dense(self, dense: bool) -> None:
-        """Use the dense graph (True) or the sparse one (False) from the next call on."""
-        self._vmoba.dense = bool(dense)
+    def set_dense(self, dense: bool | None) -> bool | None:
+        """Use the dense graph (True) or the sparse one (False) from the next call on; returns what was set before.
+
+        None, as at first, is sparse but for the first steps of a diffusers pipeline.
+        """
+        before = self._vmoba.dense
+        self._vmoba.dense = None if dense is None else bool(dense)
+        return before
 
     def is_dense(self) -> bool:
-        """True while the dense graph is used."""
-        return self._vmoba.dense
+        """True while the dense graph is used; where nothing is set, True where the latest call used it."""
+        state = self._vmoba
+        return state.ran_dense if state.dense is None else state.dense
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Within ``with fast.dense():`` the model runs with its own dense attention. Nothing is recompiled."""
-        before = self._vmoba.dense
-        self.set_dense(True)
+        before = self.set_dense(True)
         try:
             yield
         finally:
@@ -202,16 +220,14 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
 class _State:
     """What an OptimizedModel holds beside the model."""
 
-    def __init__(
-        self, settings: dict[str, Any], rewriter: Rewriter, handover: Handover, sparse_forward: Any, dense_forward: Any
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], made: Whole | Regions) -> None:
         self.settings = settings
-        self.rewriter = rewriter
-        self.handover = handover
-        self.sparse_forward = sparse_forward
-        self.dense_forward = dense_forward
-        self.dense = False
-        self.checked: set[tuple[int, ...]] = set()  # the sequences of graphs that were judged
+        self.made = made
+        self.dense: bool | None = None  # None: as the pipeline's step asks for
+        self.ran_dense = False
+        self.clock = Clock()
+        self.told = False  # that a pipeline does not show its steps
+        self.checked: set[Hashable] = set()  # the sequences of graphs that were judged
 
 
 def report(optimized: nn.Module) -> Report:
@@ -222,7 +238,7 @@ def report(optimized: nn.Module) -> Report:
         TypeError: the module was compiled by neither.
     """
     if isinstance(optimized, OptimizedModel):
-        return optimized._vmoba.rewriter.report
+        return optimized._vmoba.made.report
     callback: Any = getattr(getattr(optimized, "dynamo_ctx", None), "callback", None)
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
@@ -232,27 +248,4 @@ def report(optimized: nn.Module) -> Report:
     raise TypeError(
         "no report: pass a model from vmoba_compile.optimize, or compile with "
         "torch.compile(model, backend='vmoba', options={'report': vmoba_compile.Report()})"
-    )
-
-
-def _input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> InputError:
-    """One sentence for a failure of the model's own code on these inputs."""
-    devices: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(str(parameter.device), []).append(f"parameter {name}")
-    for path, leaf in torch.utils._pytree.tree_flatten_with_path(inputs)[0]:
-        if isinstance(leaf, torch.Tensor):
-            name = torch.utils._pytree.keystr(path[1:]).strip("[]'")
-            devices.setdefault(str(leaf.device), []).append(f"input {name}")
-    if len(devices) > 1 and "device" in str(error):
-        places = "; ".join(f"{names[0]} on {device}" for device, names in devices.items())
-        return InputError(f"model and inputs are on several devices: {places}. Move them to one device.")
-    told = re.findall(r"got \w+\(([\"'])(.*?)\1\)", str(error), re.DOTALL)
-    cause = told[-1][1] if told else str(error).split("from user code:")[0].strip().splitlines()[0]
-    frames = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    where = f" at {Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
-    return InputError(
-        f"{type(model).__name__} itself rejects these inputs{where}: {cause}. The plain model fails alike; check the "
-        "inputs' dtype, channels, and frames, height and width against the model's position table and patch size."
     )

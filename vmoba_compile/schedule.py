@@ -8,9 +8,7 @@ from typing import Any, Protocol
 
 
 class _Switch(Protocol):
-    def set_dense(self, dense: bool) -> None: ...
-
-    def is_dense(self) -> bool: ...
+    def set_dense(self, dense: bool | None) -> bool | None: ...
 
 
 class Schedule:
@@ -27,7 +25,7 @@ class Schedule:
         self.count = count
         self.dense_steps = dense_steps
         self.current = 0
-        self._before = False
+        self._before: bool | None = None
 
     @property
     def dense(self) -> bool:
@@ -41,8 +39,7 @@ class Schedule:
 
     def __enter__(self) -> Schedule:
         self.current = 0
-        self._before = self._switch.is_dense()
-        self._switch.set_dense(self.dense)
+        self._before = self._switch.set_dense(self.dense)
         return self
 
     def __exit__(

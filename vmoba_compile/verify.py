@@ -186,6 +186,11 @@ def _measure(
 
 def _mass(q: Tensor, k: Tensor, key_mask: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> float:
     """Share of the dense attention's weights on the kept keys: what their log-sum-exp lacks."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _share(q, k, key_mask, lse, geometry, scale)
+
+
+def _share(q: Tensor, k: Tensor, key_mask: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> float:
     places = torch.linspace(0, geometry.num_video - 1, min(SAMPLED, geometry.num_video), device=q.device)
     places = places.round().long() + geometry.prefix
     shares = []

@@ -5,7 +5,8 @@ For the command line, the demo, the benchmarks and the tests. The rewrite itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +34,13 @@ class Preset:
         batch: int = 1,
         device: torch.device | str = "meta",
         dtype: torch.dtype = torch.float32,
+        as_loaded: bool = False,
         **overrides: Any,
     ) -> tuple[nn.Module, Inputs]:
         """The model with random weights, and its forward's keyword arguments for ``grid`` tokens (after patching).
+
+        Weights are made on ``device`` in ``dtype``, with no copy in another. ``as_loaded`` leaves in float32 what
+        ``from_pretrained(torch_dtype=dtype)`` and diffusers' pipelines do: tables, and modules that the class names.
 
         Raises:
             ImportError: diffusers is not installed.
@@ -45,14 +50,34 @@ class Preset:
         except ImportError as error:
             raise ImportError("the named models are diffusers'; pip install 'vmoba_compile[diffusers]'") from error
         with torch.device(device):
-            model = getattr(diffusers, self.class_name)(**{**self.overrides, **overrides})
+            with default_dtype(dtype):
+                model = getattr(diffusers, self.class_name)(**{**self.overrides, **overrides})
             inputs = self.inputs(model.config, grid or self.grid, batch)
-        if dtype != torch.float32:
+
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        if dtype != torch.float32 and as_loaded:
+            keep = set(model._keep_in_fp32_modules or ())
+            for name, parameter in model.named_parameters():
+                if keep.intersection(name.split(".")):
+                    parameter.data = parameter.data.float()
+            inputs = {name: cast(value) for name, value in inputs.items()}  # rotary tables, in tuples, stay
+        elif dtype != torch.float32:
             model = model.to(dtype)
-            inputs = torch.utils._pytree.tree_map(
-                lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs
-            )
+            inputs = torch.utils._pytree.tree_map(cast, inputs)
         return model, inputs
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors that name no dtype are made in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _wan_inputs(config: Mapping[str, Any], grid: Triple, batch: int) -> Inputs:
@@ -67,6 +92,7 @@ def _wan_inputs(config: Mapping[str, Any], grid: Triple, batch: int) -> Inputs:
 def _cogvideox_inputs(config: Mapping[str, Any], grid: Triple, batch: int) -> Inputs:
     frames, rows, columns = grid
     patch, tokens = config["patch_size"], frames * rows * columns
+    frames *= config["patch_size_t"] or 1
     inputs: Inputs = {
         "hidden_states": torch.randn(batch, frames, config["in_channels"], rows * patch, columns * patch),
         "timestep": torch.randint(0, 1000, (batch,)),
@@ -126,8 +152,26 @@ PRESETS: Mapping[str, Preset] = {
         grid=(13, 30, 45),
         overrides={"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
     ),
+    "cogvideox1.5-5b": Preset(
+        "CogVideoXTransformer3DModel",
+        _cogvideox_inputs,
+        grid=(11, 48, 85),
+        overrides={
+            "num_attention_heads": 48,
+            "num_layers": 42,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "use_rotary_positional_embeddings": True,
+        },
+    ),
     "tiny-wan": Preset("WanTransformer3DModel", _wan_inputs, (4, 6, 8), _TINY_WAN),
     "tiny-cogvideox": Preset("CogVideoXTransformer3DModel", _cogvideox_inputs, (3, 8, 8), _TINY_COGVIDEOX),
+    "tiny-cogvideox1.5": Preset(
+        "CogVideoXTransformer3DModel",
+        _cogvideox_inputs,
+        (3, 8, 8),
+        {**_TINY_COGVIDEOX, "patch_size_t": 2, "patch_bias": False},
+    ),
     "tiny-hunyuanvideo": Preset("HunyuanVideoTransformer3DModel", _hunyuan_inputs, (3, 6, 8), _TINY_HUNYUAN),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -9,18 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 
 RUNS = {
+    "compare_videos.py": (
+        ["--train-steps", "2", "--clips", "1", "--euler-steps", "4", "--out", "{tmp}/videos"],
+        ["vmoba (vmoba)", "first 25 % dense", "wrote"],
+    ),
     "demo.py": (["--grid", "6x10x13", "--heads", "1"], ["3 of 6 attentions rewritten", "exact", "whole model: dense"]),
     "export_wan.py": (
         ["--layers", "1", "--out", "{tmp}/wan"],
         ["2 vmoba nodes", "error", "tensorrt_rtx", "no package" if not torch.cuda.is_available() else "kernels inside"],
     ),
+    "measure_wan.py": (["--out", "{tmp}/report.html"], ["mass kept", "3 of 6 attentions rewritten", "wrote"]),
+    "optimize_pipeline.py": (
+        [],
+        ["step 1: dense", "step 2: sparse", "step 7: sparse", "3 of 6 attentions rewritten"],
+    ),
     "optimize_wan.py": ([], ["3 of 6 attentions rewritten (left dense: 3 cross_attention)"]),
-    "own_model.py": ([], ["step 9: loss", "1 of 1 attentions rewritten"]),
+    "own_model.py": ([], ["step 9: loss", "sampled a video", "1 of 1 attentions rewritten"]),
     "train_video_dit.py": (
         ["--grid", "4x4x4", "--steps", "2", "--held-out", "4", "--euler-steps", "2", "--out", "{tmp}/run"],
         ["3 of 3 attentions rewritten", "vmoba: 2 steps, train loss"],
@@ -78,6 +90,77 @@ def test_training_runs_are_compared(tmp_path):
     assert "held-out loss" in out and (tmp_path / "compared" / "compare.png").stat().st_size
     rows = json.loads((tmp_path / "compared" / "compare.json").read_text())
     assert [row["attention"] for row in rows] == list(names) and rows[0]["held_out_ratio"] == 1
+
+
+@pytest.fixture(scope="module")
+def videos():
+    """compare_videos.py as a module."""
+    before = list(sys.path)
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module("compare_videos")
+    sys.path[:] = before
+    for name in ("compare_videos", "train_video_dit"):
+        del sys.modules[name]
+
+
+def make_run(videos, run: Path, grid: tuple[int, int, int] = (4, 6, 6)) -> nn.Module:
+    """A run's folder, with weights large enough for the attention to matter."""
+    torch.manual_seed(0)
+    model = videos.training.VideoTransformer(grid, 32, 3, 2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    (run / "checkpoint-00000001").mkdir(parents=True)
+    videos.training.save_file(model.state_dict(), run / "checkpoint-00000001" / videos.training.WEIGHTS)
+    facts = {"grid": grid, "width": 32, "layers": 3, "heads": 2, "attention": "dense", "threshold": 0.25}
+    (run / "run.json").write_text(json.dumps(facts))
+    return model
+
+
+def test_samples_are_compared_from_the_same_noise(videos, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = make_run(videos, tmp_path / "run")
+    args = argparse.Namespace(clips=3, batch=2, euler_steps=4, device=torch.device("cpu"))
+    rows, samples = videos.compare(tmp_path / "run", args)
+    plain = videos.training.sample(model, argparse.Namespace(**vars(args), samples=3, grid=(4, 6, 6)))
+    torch.testing.assert_close(samples["dense"], plain, rtol=1e-3, atol=1e-3)
+    dense, quarter, sparse = rows
+    assert [len(row["psnr"]) for row in rows] == [3, 3, 3] and 0.1 < sparse["density"] < 0.5
+    assert dense["psnr"] == pytest.approx([100.0] * 3) and dense["ssim"] == pytest.approx([1.0] * 3)
+    assert max(sparse["psnr"]) < 60 and sparse["psnr"] != quarter["psnr"]  # one of four steps is dense
+    assert dense["restored_psnr"] != sparse["restored_psnr"]
+    films = videos.write_films({"dense": samples["dense"], "sparse": samples["sparse"]}, tmp_path)
+    assert (tmp_path / "compare_videos.gif").stat().st_size and ("ffmpeg" in films[1] or "mp4" in films[1])
+
+
+def test_runs_that_cannot_be_compared(videos, tmp_path, monkeypatch):
+    make_run(videos, tmp_path / "a")
+    make_run(videos, tmp_path / "b", (4, 6, 8))
+    for runs, message in ((["a", "b"], "different grids"), (["c"], "run.json is missing")):
+        monkeypatch.setattr(sys, "argv", ["compare_videos.py", *(str(tmp_path / run) for run in runs)])
+        with pytest.raises(SystemExit, match=message):
+            videos.main()
+
+
+def test_psnr_and_ssim(videos):
+    torch.manual_seed(0)
+    a = torch.rand(2, 3, 2, 11, 11) * 2 - 1
+    assert videos.psnr(torch.zeros_like(a), torch.full_like(a, 0.2)).tolist() == pytest.approx([20.0, 20.0])
+    assert videos.ssim(a, a).tolist() == pytest.approx([1.0, 1.0])
+    # Constant frames have no variance: the luminance term alone is left.
+    x, y = 0.25, 0.75
+    found = videos.ssim(torch.full_like(a, 2 * x - 1), torch.full_like(a, 2 * y - 1))
+    assert found.tolist() == pytest.approx([(2 * x * y + 1e-4) / (x * x + y * y + 1e-4)] * 2, rel=1e-3)
+    # Frames as large as the window have one place, whose moments are plain weighted sums.
+    b = torch.rand(2, 3, 2, 11, 11) * 2 - 1
+    line = torch.exp(-((torch.arange(11.0) - 5) ** 2) / 4.5)
+    weights = line[:, None] * line / line.sum() ** 2
+    x, y = (a + 1) / 2, (b + 1) / 2
+    mean_x, mean_y = ((weights * z).sum((-1, -2)) for z in (x, y))
+    var_x, var_y = ((weights * z * z).sum((-1, -2)) - m * m for z, m in ((x, mean_x), (y, mean_y)))
+    cov = (weights * x * y).sum((-1, -2)) - mean_x * mean_y
+    wanted = (2 * mean_x * mean_y + 1e-4) * (2 * cov + 9e-4)
+    wanted = wanted / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))
+    torch.testing.assert_close(videos.ssim(a, b), wanted.mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_crossover_benchmark(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from graphs import VideoAttention, compiled, raster_tokens, video
 from vmoba_compile.passes import Layers, Reason, Report, Site
+from vmoba_compile.passes.report import Picture
 
 
 @pytest.fixture
@@ -33,7 +37,52 @@ def test_json_there_and_back(report, tmp_path):
 
 def test_page(report, tmp_path):
     report.save(tmp_path / "report.html")
-    assert "not_raster" in (tmp_path / "report.html").read_text()
+    assert "not_raster" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+MEASURED = {
+    "density": (0.25, 0.5),
+    "mass": (0.7, 0.8),
+    "sparse_flops": 123,
+    "dense_ms": 2.0,
+    "sparse_ms": 0.5,
+    "picture": Picture((1, 0, 2), (2, 3, 4), (1, 3, 4), ((0,), (0, 1))),
+}
+
+
+def test_measured_values_there_and_back(report, tmp_path):
+    """As the same types: a site is hashed, and compared to one that was measured."""
+    report.sites[0] = replace(report.sites[0], **MEASURED)
+    report.save(tmp_path / "report.json")
+    again = Report.load(tmp_path / "report.json")
+    assert again.sites == report.sites and hash(again.sites[0]) == hash(report.sites[0])
+
+
+def test_files_from_before_there_were_measurements():
+    """And without measurements files are as they were, for those who read them."""
+    old = {
+        "path": "a", "reason": "rewritten", "detail": "", "spelling": "softmax", "source": "f.py:1", "layer": 0,
+        "tokens": 24, "heads": 2, "head_dim": 8, "grid": [2, 3, 4], "prefix": 0, "suffix": 0, "scheme": "1d",
+        "block": [1, 3, 4], "evidence": "conv3d", "dense_flops": 5, "density_bound": 1.0,
+    }  # fmt: skip
+    (site,) = found = Report.from_json(json.dumps({"version": 1, "sites": [old]}))
+    assert site.grid == (2, 3, 4) and site.density is None and site.picture is None
+    assert json.loads(found.to_json())["sites"] == [old]
+
+
+def test_table_has_columns_for_what_was_measured(report):
+    assert "density" not in str(report) and "mass" not in str(report)
+    report.sites[0] = replace(report.sites[0], density=(0.25, 0.5))
+    assert "density" in str(report) and "0.375" in str(report) and "mass" not in str(report)
+    report.sites[0] = replace(report.sites[0], **MEASURED)
+    assert "mass kept" in str(report) and "0.750" in str(report)
+
+
+def test_table_shows_brackets(monkeypatch):
+    """Which rich would take for markup."""
+    monkeypatch.setenv("COLUMNS", "180")
+    text = str(Report([Site("a[red].b", Reason.MASK, "a mask over [B, 1, S] [bold]pairs[/bold]", "softmax", "f.py:1")]))
+    assert "a[red].b" in text and "a mask over [B, 1, S] [bold]pairs[/bold]" in text
 
 
 @pytest.mark.parametrize("name", ["report.txt", "report"])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vmoba_compile import Report, VMoBAConfig
+from vmoba_compile import Report, VMoBAConfig, bench_measure
 from vmoba_compile.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -81,3 +81,74 @@ def test_config_with_an_unknown_option(capsys, tmp_path):
     config.write_text(json.dumps({"tau": 0.3}))
     assert main(["explain", "tiny-wan", "--config", str(config)]) == 2
     assert "unknown option 'tau'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def calibration(tmp_path, monkeypatch):
+    """The user's calibration file, and a clock that is content with a few turns."""
+    path = tmp_path / "cache" / "calibration.json"
+    monkeypatch.setenv("VMOBA_COMPILE_CALIBRATION", str(path))
+    monkeypatch.setattr(bench_measure, "BUDGET_MS", 1)
+    return path
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_bench(capsys, tmp_path, calibration, backward):
+    saved = tmp_path / "bench.json"
+    argv = ["bench", "--tokens", "3x4x5", "--tokens", "2x3x4", "--heads", "1", "--head-dim", "16", "--json", str(saved)]
+    assert main(argv + ["--backward"] * backward) == 0
+    out = capsys.readouterr().out
+    assert "3D ms (ratio)" in out and "2x3x4" in out and "3x4x5" in out and "density" in out
+    assert "min_tokens='auto' keeps dense what has fewer tokens than min_tokens=" in out
+    facts = json.loads(saved.read_text())
+    assert facts["backward"] is backward and (facts["heads"], facts["head_dim"]) == (1, 16)
+    assert [row["tokens"] for row in facts["rows"]] == [24, 60]
+    for row in facts["rows"]:
+        for scheme in ("1d", "2d", "3d"):
+            assert row[scheme]["ms"] > 0 and 0 < row["density"][scheme] < 1
+            assert row[scheme]["ratio"] == pytest.approx(row["dense_ms"] / row[scheme]["ms"])
+    assert not calibration.exists()
+
+
+def test_bench_calibrate(capsys, calibration, monkeypatch):
+    """Two tiny sizes, both above the figure that is to be replaced or below it: either way the file is right."""
+    monkeypatch.setattr("vmoba_compile.profit.DEFAULT", {"cuda": 30})
+    monkeypatch.setattr("vmoba_compile.profit.SHIPPED", {"cpu": {"forward": 30}})
+    argv = ["bench", "--calibrate", "--tokens", "2x3x4", "--tokens", "3x4x5", "--heads", "1", "--head-dim", "16"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "24 tokens: dense" in out and f"wrote {calibration} after" in out
+    (entry,) = json.loads(calibration.read_text())["devices"].values()
+    assert all(entry[mode] is None or 24 <= entry[mode] <= 60 for mode in ("forward", "training"))
+    assert main(["bench", "--tokens", "2x3x4", "--heads", "1", "--head-dim", "16"]) == 0
+    assert "your calibration" in capsys.readouterr().out
+
+
+WRONG_BENCH = {
+    "a backward alone": (["--calibrate", "--backward"], "leave out --backward and --dtype"),
+    "a type": (["--calibrate", "--dtype", "float16"], "leave out --backward and --dtype"),
+    "no time": (["--calibrate", "--minutes", "0"], "--minutes must be more than 0, not 0.0"),
+    "no folder": (["--json", "/no/such/folder/bench.json"], "whose folder does not exist"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG_BENCH.values(), ids=WRONG_BENCH.keys())
+def test_wrong_use_of_bench(capsys, calibration, argv, message):
+    assert main(["bench", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m vmoba_compile: ") and message in err
+
+
+def test_bench_does_not_overwrite_a_foreign_file(capsys, calibration):
+    calibration.parent.mkdir()
+    calibration.write_text('{"version": 2, "devices": {}}')
+    assert main(["bench", "--calibrate", "--tokens", "2x3x4"]) == 2
+    assert "has version 2, and this vmoba_compile reads version 1" in capsys.readouterr().err
+    assert calibration.read_text() == '{"version": 2, "devices": {}}'
+
+
+@pytest.mark.parametrize("argv", [["--heads", "0"], ["--head-dim", "x"], ["--tokens", "3x4"], ["--dtype", "int8"]])
+def test_arguments_that_bench_does_not_take(capsys, argv):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", *argv])
+    assert error.value.code == 2 and "usage:" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pickle
 from math import ceil, prod
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,22 @@ def test_default_blocks_fit_any_grid(grid):
 )
 def test_dense_step_count(dense_steps, steps, expected):
     assert VMoBAConfig(dense_steps=dense_steps).dense_step_count(steps) == expected
+
+
+def test_least_tokens_as_given():
+    for device in ("cpu", "cuda", "meta"):
+        config = VMoBAConfig(min_tokens=25)
+        assert [config.least_tokens(torch.device(device), training) for training in (False, True)] == [25, 25]
+    assert VMoBAConfig(min_tokens=0).least_tokens(torch.device("cpu"), True) == 0
+
+
+def test_least_tokens_of_the_device(tmp_path, monkeypatch):
+    """The figure stays out of the configuration itself, which goes from one machine to another."""
+    path = tmp_path / "calibration.json"
+    monkeypatch.setenv("VMOBA_COMPILE_CALIBRATION", str(path))
+    config = VMoBAConfig()
+    assert config.least_tokens(torch.device("meta"), False) == 8192
+    assert config.least_tokens(torch.device("cpu"), False) == 7480
+    path.write_text(json.dumps({"version": 1, "devices": {"cpu": {"forward": 100, "training": 200}}}))
+    assert [config.least_tokens(torch.device("cpu"), training) for training in (False, True)] == [100, 200]
+    assert config.to_dict()["min_tokens"] == "auto"

@@ -76,7 +76,7 @@ def test_auto_min_tokens_is_by_device():
     model, inputs = models.build("wan", batch=1)
     report = vmoba_compile.explain(model, **inputs)
     assert report.counts == {"too_few_tokens": 3, "cross_attention": 3}
-    assert f"min_tokens={VMoBAConfig().least_tokens('cpu')}" in report.sites[0].detail
+    assert f"min_tokens={VMoBAConfig().least_tokens(torch.device('cpu'), False)}" in report.sites[0].detail
 
 
 @pytest.mark.slow

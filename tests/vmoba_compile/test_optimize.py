@@ -208,18 +208,19 @@ def test_several_resolutions(wan):
             assert {site.grid for site in sites} == {(4, size // 2, size // 2)}
 
 
-def test_dynamic_shapes(wan):
-    """One graph serves several sizes, with the numbers of each size's own graph."""
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_dynamic_shapes(wan, dynamic):
+    """At most two graphs serve five sizes, with the numbers of each size's own graph; None is Dynamo's own choice."""
     model, inputs = wan
-    fast = optimize(model, dynamic=True)
-    sizes = [(4, 12, 16), (3, 16, 12), (6, 8, 20)]
+    fast = optimize(model, dynamic=dynamic)
+    sizes = [(4, 12, 16), (3, 16, 12), (6, 8, 20), (5, 10, 14), (7, 18, 8)]
     with torch.no_grad():
         for frames, height, width in sizes:
             latent = torch.randn(1, 4, frames, height, width)
             got = fast(**inputs | {"hidden_states": latent}).sample
             alone = optimize(model, dynamic=False)(**inputs | {"hidden_states": latent}).sample
             assert models.relative(got, alone) < 1e-5
-    assert fast._vmoba.rewriter.graphs <= 2
+    assert fast._vmoba.made.rewriter.graphs <= 2
     sites = vmoba_compile.report(fast).rewritten
     assert len(sites) == 3 and all(isinstance(extent, str) for extent in sites[0].grid)
 
@@ -370,3 +371,26 @@ def test_warm_cache_gives_the_same_report(tmp_path):
     assert cold["hits"] == 0 and warm["hits"] > 0
     assert warm["report"] == cold["report"] and len(cold["report"]["sites"]) == 2
     assert warm["total"] == cold["total"]
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+def test_graphs_are_dumped(wan, tmp_path, regional):
+    model, inputs = wan
+    fast = optimize(model, regional=regional, dump_dir=tmp_path / "graphs")
+    with torch.no_grad():
+        fast(**inputs)
+    names = sorted(path.name for path in (tmp_path / "graphs").iterdir())
+    assert len(names) == (6 if regional else 2) and all(name.endswith(("_before.py", "_after.py")) for name in names)
+    for path in (tmp_path / "graphs").iterdir():
+        assert ("vmoba.attention" in path.read_text()) == path.name.endswith("_after.py")
+
+
+def test_the_backend_dumps_every_graph(wan, tmp_path):
+    model, inputs = wan
+    for size in (12, 16):
+        torch._dynamo.reset()
+        options = {"config": models.CONFIG, "inner": "eager", "dump_dir": str(tmp_path)}
+        fast = torch.compile(model, backend="vmoba", options=options, dynamic=False)
+        with torch.no_grad():
+            fast(**inputs | {"hidden_states": torch.randn(1, 4, 4, size, size)})
+    assert len(list(tmp_path.glob("*_before.py"))) == len(list(tmp_path.glob("*_after.py"))) == 2

@@ -335,4 +335,4 @@ def test_two_grids_in_turn(dynamic):
             expected, truth = step(twin, video)
             torch.testing.assert_close(loss, expected, rtol=EXACT, atol=0)
             assert_same(grads, truth, EXACT)
-    assert fast._vmoba.rewriter.graphs <= 3 if dynamic else fast._vmoba.rewriter.graphs == 2
+    assert fast._vmoba.made.rewriter.graphs <= 3 if dynamic else fast._vmoba.made.rewriter.graphs == 2
