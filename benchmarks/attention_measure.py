@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 import vmoba_compile
+from vmoba_compile import VMoBAConfig
+from vmoba_compile.bench_measure import device_times, host_times
 from vmoba_compile.blocks import SCHEMES, default_block
 
 THRESHOLD = 0.25
@@ -166,32 +168,7 @@ def interleaved(
 
 def in_turns(runs: dict[str, Run], device: str, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each run, ``repeats`` times in turns, by the device's own clock where it has one."""
-    return (_device_times if device == "cuda" else _host_times)(runs, repeats)
-
-
-def _host_times(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def _device_times(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    for run in runs.values():
-        run()  # in the queue before the first event: the host stays ahead of the GPU
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            pairs[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) for start, end in events] for name, events in pairs.items()}
+    return (device_times if device == "cuda" else host_times)(runs, repeats)
 
 
 def host_ms(run: Run, device: str, repeats: int = 7) -> float | None:
@@ -310,3 +287,23 @@ def flex_at_density(tensors: list[Tensor], density: float) -> tuple[Run, float, 
     q, k, v = (x[:, :, :tokens] for x in tensors)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask), kept / across, tokens
+
+
+def mean_density(model: nn.Module, config: VMoBAConfig, inputs: dict) -> float:
+    """Share of (query, box) entries that the model's attentions select, mean over layers, heads and samples."""
+    found: list[float] = []
+
+    class Counting(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> object:
+            result = super().run_node(node)
+            if node.target is torch.ops.vmoba.select.default:
+                t, h, w, bt, bh, bw = node.args[3:9]
+                bits = sum(int(((result >> i) & 1).sum()) for i in range(32))
+                boxes = math.prod(-(-extent // step) for extent, step in ((t, bt), (h, bh), (w, bw)))
+                found.append(bits / (result[..., 0].numel() * boxes))
+            return result
+
+    model.eval()
+    vmoba_compile.optimize(model, config, inner=lambda graph, _: Counting(graph).run)(**inputs)
+    model.train()
+    return sum(found) / len(found)

@@ -26,13 +26,12 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it off
 
 import torch
-from attention_measure import in_turns, reason, synchronize
+from attention_measure import in_turns, mean_density, reason, synchronize
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
-from training import mean_density
 
 import vmoba_compile
 from vmoba_compile import VMoBAConfig

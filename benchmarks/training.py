@@ -35,6 +35,7 @@ from attention_measure import (
     host_ms,
     interleaved,
     make_inputs,
+    mean_density,
     peak_bytes,
     release,
     sparse_runs,
@@ -234,26 +235,6 @@ def check_losses(sides: dict[str, dict]) -> None:
 
 
 @torch.no_grad()
-def mean_density(model: nn.Module, config: VMoBAConfig, inputs: dict) -> float:
-    """Share of (query, box) entries that the model's attentions select, mean over layers, heads and samples."""
-    found: list[float] = []
-
-    class Counting(torch.fx.Interpreter):
-        def run_node(self, node: torch.fx.Node) -> object:
-            result = super().run_node(node)
-            if node.target is torch.ops.vmoba.select.default:
-                t, h, w, bt, bh, bw = node.args[3:9]
-                bits = sum(int(((result >> i) & 1).sum()) for i in range(32))
-                boxes = math.prod(-(-extent // step) for extent, step in ((t, bt), (h, bh), (w, bw)))
-                found.append(bits / (result[..., 0].numel() * boxes))
-            return result
-
-    model.eval()
-    vmoba_compile.optimize(model, config, inner=lambda graph, _: Counting(graph).run)(**inputs)
-    model.train()
-    return sum(found) / len(found)
-
-
 def measure_model(grid: tuple[int, int, int], layers: int, setup: Setup) -> dict:
     """Training steps of one model, dense and rewritten, one after the other with the same weights and inputs."""
     torch.manual_seed(0)

@@ -126,7 +126,7 @@ def block_of(scheme: str, grid: Triple) -> Triple:
 def time_in_turns(runs: Mapping[str, Run], device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of each run, turn by turn, as often as the budget allows."""
     replays = {name: _captured(run) if device.type == "cuda" else run for name, run in runs.items()}
-    clock = _device_times if device.type == "cuda" else _host_times
+    clock = device_times if device.type == "cuda" else host_times
     warm = clock(replays, WARM_UPS)  # the first turn compiles and allocates
     spent = sum(values[-1] for values in warm.values())
     return clock(replays, max(LEAST_TURNS, min(MOST_TURNS, int(BUDGET_MS / max(spent, 1e-3)))))
@@ -144,7 +144,8 @@ def _call(attend: Attend, tensors: list[Tensor], setup: Setup) -> Run:
     return forward
 
 
-def _host_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
+def host_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, ``turns`` times in turns so that all see the same clocks, on the host."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
@@ -154,7 +155,8 @@ def _host_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
     return times
 
 
-def _device_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
+def device_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
+    """The same by the GPU's own clock."""
     for run in runs.values():
         run()  # in the queue before the first event: the host stays ahead of the GPU
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}

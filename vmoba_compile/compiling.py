@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchRuntimeError
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 from .backend import Inner
-from .passes import InputError
+from .passes import InputError, RewriteError
 
 
 def compile_with(model: Callable[..., Any], backend: Inner, compile_kwargs: Mapping[str, Any]) -> Any:
@@ -29,6 +30,20 @@ def compile_with(model: Callable[..., Any], backend: Inner, compile_kwargs: Mapp
 def whole_graphs() -> Any:
     """Dynamo set to go on over a number or a length read from a tensor, where it would cut the graph: masks of text."""
     return torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+
+
+@contextmanager
+def plainly(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Around a call of compiled code: what fails in the rewrite, or in the model itself, is raised as that."""
+    try:
+        with whole_graphs():
+            yield
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, RewriteError):
+            raise error.inner_exception from None
+        raise
+    except TorchRuntimeError as error:
+        raise input_error(model, inputs, error) from error
 
 
 def input_error(model: nn.Module, inputs: Any, error: TorchRuntimeError) -> InputError:

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .backend import Rewriter, check_grid
-from .compiling import compile_with, input_error, whole_graphs
+from .compiling import compile_with, plainly
 from .config import VMoBAConfig, as_config
 from .handover import Handover
 from .kernels.partition import Triple
@@ -67,14 +66,8 @@ def dry_run(
     fake_args, fake_kwargs = pytree.tree_map(fake, (args, dict(kwargs)))
     compiled = compile_with(model, rewriter, {"dynamic": False})
     try:
-        with _reparametrize_module(model, tensors), torch.no_grad(), whole_graphs():
+        with plainly(model, (args, kwargs)), _reparametrize_module(model, tensors), torch.no_grad():
             compiled(*fake_args, **fake_kwargs)
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, RewriteError):
-            raise error.inner_exception from None
-        raise
-    except TorchRuntimeError as error:
-        raise input_error(model, (args, kwargs), error) from error
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise _needs_value(model, str(error.func), rewriter.report, remedy) from error
     except GuardOnDataDependentSymNode as error:

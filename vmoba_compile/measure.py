@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch.nn import functional as F
 
 from .backend import NO_ATTENTION, Rewriter, check_grid, warn
-from .compiling import compile_with, input_error, whole_graphs
+from .compiling import compile_with, plainly
 from .config import VMoBAConfig, as_config
 from .handover import Handover
 from .kernels import Selection
@@ -85,15 +84,8 @@ def measure(
     watch = _Watch(queries, place, time)
     watch.rewriter = Rewriter(as_config(config), check_grid(grid), watch, handover=Handover())
     compiled = compile_with(model, watch.rewriter, {"dynamic": False})
-    try:
-        with whole_graphs():
-            compiled(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, RewriteError):
-            raise error.inner_exception from None
-        raise
-    except TorchRuntimeError as error:
-        raise input_error(model, (args, kwargs), error) from error
+    with plainly(model, (args, kwargs)):
+        compiled(*args, **kwargs)
     report = watch.rewriter.report
     for found in watch.ran:
         report.merge(found)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 from .backend import NO_ATTENTION, Inner, check_coverage, check_grid, check_strict, warn
-from .compiling import input_error, whole_graphs
+from .compiling import plainly
 from .config import VMoBAConfig, as_config
 from .kernels.partition import Triple
-from .passes import CoverageError, Reason, Report, RewriteError
+from .passes import CoverageError, Reason, Report
 from .pipelines import Clock, calling_pipeline
 from .regional import Regions
 from .schedule import Schedule
@@ -114,15 +113,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         state = self._vmoba
         dense = self._uses_dense(args, kwargs)
         state.ran_dense = dense
-        try:
-            with whole_graphs():
-                result = (state.made.run_dense if dense else state.made)(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, RewriteError):
-                raise error.inner_exception from None
-            raise
-        except TorchRuntimeError as error:
-            raise input_error(self._orig_mod, (args, kwargs), error) from error
+        with plainly(self._orig_mod, (args, kwargs)):
+            result = (state.made.run_dense if dense else state.made)(*args, **kwargs)
         if not dense and state.made.graphs() not in state.checked:
             self._check_coverage()
             state.checked.add(state.made.graphs())
