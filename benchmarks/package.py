@@ -3,7 +3,8 @@
     python benchmarks/package.py                    # 4 layers, 21x30x52 tokens, bfloat16, on a GPU: three minutes
 
 The package runs in a process that never imports vmoba_compile, then in examples/package_cpp, which is built here. Prints a
-table and writes JSON to benchmarks/results/. Times are medians of calls, each waited for.
+table and writes JSON to benchmarks/results/. Times are medians of calls: of the models in turns, by the GPU's clock; of the
+package by the host's, each call waited for.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from attention_measure import in_turns
 from rich.console import Console
 from rich.table import Table
 
@@ -54,18 +54,6 @@ print(statistics.median(times), loaded, torch.cuda.max_memory_allocated())
 """
 
 
-def milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def run(*words: Any) -> str:
     """What a program prints. Raises RuntimeError with what it said where it fails."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
@@ -87,17 +75,20 @@ def in_cpp(folder: Path, repeats: int) -> float:
 
 @torch.no_grad()
 def in_process(
-    model: torch.nn.Module, inputs: dict[str, Any], layers: int, repeats: int
+    model: torch.nn.Module, inputs: dict[str, Any], layers: int, repeats: int, device: str = "cuda"
 ) -> tuple[dict[str, dict[str, Any]], torch.Tensor]:
     """Rows of the dense and of the optimized model, and what the latter computes."""
-    rows: dict[str, dict[str, Any]] = {}
     dense = torch.compile(model, dynamic=False)
-    rows["dense, torch.compile"] = {"ms": milliseconds(lambda: dense(**inputs), repeats)}
     fast = vmoba_compile.optimize(model, expect=layers)
+    dense(**inputs)  # compiles it
     (output,) = fast(**inputs)
     torch.cuda.reset_peak_memory_stats()
-    rows["optimized"] = {"ms": milliseconds(lambda: fast(**inputs), repeats)}
-    rows["optimized"]["peak_bytes"] = torch.cuda.max_memory_allocated()
+    fast(**inputs)
+    peak = torch.cuda.max_memory_allocated()
+    runs = {"dense, torch.compile": lambda: dense(**inputs), "optimized": lambda: fast(**inputs)}
+    times = in_turns(runs, device, repeats)
+    rows: dict[str, dict[str, Any]] = {name: {"ms": statistics.median(times[name])} for name in runs}
+    rows["optimized"]["peak_bytes"] = peak
     return rows, output
 
 

@@ -202,6 +202,34 @@ def test_bad_options(tmp_path, options, message):
         build_engine(path, **{"runtime": "tensorrt_rtx", **options})
 
 
+@needs_rtx
+def test_an_older_engine_stays_until_the_new_one_is_written(tmp_path, monkeypatch):
+    onnx_path, engine_path = attention_file(tmp_path / "m.onnx"), tmp_path / "m.engine"
+    engine_path.write_text("precious")
+    write_bytes = Path.write_bytes
+
+    def full(path, data):
+        write_bytes(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(Path, "write_bytes", full)
+        build_engine(onnx_path, engine_path, runtime="tensorrt_rtx")
+    assert engine_path.read_text() == "precious" and sorted(tmp_path.iterdir()) == [engine_path, onnx_path]
+    assert build_engine(onnx_path, engine_path, runtime="tensorrt_rtx").bytes == engine_path.stat().st_size > 1000
+    assert sorted(tmp_path.iterdir()) == [engine_path, onnx_path]
+
+
+def test_bad_places_for_an_engine(tmp_path):
+    path = attention_file(tmp_path / "m.onnx")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"would be written over its ONNX file .*m\.onnx; give another engine_path"):
+        build_engine(path, tmp_path / "." / "m.onnx")
+    with pytest.raises(ValueError, match="is a folder; give the path of a file"):
+        build_engine(path, tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no ONNX file"):
         build_engine(tmp_path / "none.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import models
@@ -243,6 +244,43 @@ def test_what_was_there_stays_where_an_export_fails(tmp_path):
     with pytest.raises(ExportError, match=r"torch\.export cannot trace Refused"):
         vmoba_compile.export_onnx(Refused(), (video(),), path=path, progress=False)
     assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_and_its_weights_are_replaced_together(tmp_path, monkeypatch):
+    from vmoba_compile.deploy import files
+    from vmoba_compile.deploy import onnx as module
+
+    path, weights = tmp_path / "video.onnx", tmp_path / "video.onnx.data"
+
+    def export(seed: int):
+        torch.manual_seed(seed)
+        return vmoba_compile.export_onnx(
+            Video(), (video(),), path=path, config=models.CONFIG, external_data=True, progress=False
+        )
+
+    assert export(0).files == (path, weights)
+    before = path.read_bytes(), weights.read_bytes()
+
+    def fail(*_):
+        raise ExportError("refused")
+
+    with monkeypatch.context() as patched, pytest.raises(ExportError, match="refused"):
+        patched.setattr(module, "_check_file", fail)
+        export(1)
+    move = os.replace
+
+    def fail_last(source, target):
+        if target == path:
+            raise PermissionError(13, "Permission denied")
+        move(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(ExportError, match=r"cannot write .*: Permission denied"):
+        patched.setattr(files.os, "replace", fail_last)
+        export(1)
+    assert (path.read_bytes(), weights.read_bytes()) == before and sorted(tmp_path.iterdir()) == [path, weights]
+    made = export(1)
+    assert weights.read_bytes() != before[1] and sorted(tmp_path.iterdir()) == [path, weights]
+    assert max(made.errors.values()) < 1e-4 and session(path).get_inputs()
 
 
 def test_wrong_use(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vmoba_compile import ExportError, VMoBAConfig, attention
+from vmoba_compile import ExportError, Package, Report, VMoBAConfig, attention
 from vmoba_compile.deploy.package import export_package, read_about, replace_operators
 from vmoba_compile.deploy.program import capture, relative_error
 
@@ -108,7 +108,40 @@ def test_what_the_compiler_cannot_do_is_said(tmp_path, monkeypatch):
     assert str(caught.value) == "AOTInductor cannot compile Sequential: RuntimeError: no C++ compiler"
 
 
+@pytest.mark.parametrize("how", ["half-way", "when it is run"])
+def test_an_older_package_stays_until_the_new_one_is_good(tmp_path, monkeypatch, how):
+    path = tmp_path / "model.pt2"
+    path.write_text("precious")
+    compiled = []
+
+    def compile_half(program, *, package_path, inductor_configs):
+        compiled.append(Path(package_path))
+        compiled[0].write_text("ha")
+        if how == "half-way":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_half)
+    model, x = dense()
+    message = (
+        "cannot compile Sequential: .*out of memory" if how == "half-way" else "compiled but cannot be loaded and run"
+    )
+    with pytest.warns(UserWarning, match="dense"), pytest.raises(ExportError, match=message):
+        export_package(model, (x,), path=path, verify=True)
+    assert compiled[0].name == path.name  # the archive is named after the file
+    assert path.read_text() == "precious" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_package_in_a_line(tmp_path):
+    said = str(Package(tmp_path / "model.pt2", Report([]), ("a", "b"), 3 << 20, 2.0, 1e-6))
+    assert (
+        said
+        == f"{tmp_path}/model.pt2: 3.0 MiB, 2 VMoBA kernels, 2.0 s to compile; run on the example inputs: error 1.0e-06"
+    )
+
+
 def test_files_that_are_no_packages(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no package .*none\.pt2"):
+        read_about(tmp_path / "none.pt2")
     other = tmp_path / "other.pt2"
     torch.save([1], other)
     with pytest.raises(ValueError, match=r"was not made by vmoba_compile\.export_package"):

@@ -157,6 +157,27 @@ def test_result_is_called_and_saved_like_the_model(library, tmp_path):
         deploy.load_torch_tensorrt(tmp_path / "none.pt2")
 
 
+def test_an_older_file_stays_until_the_new_one_is_complete(library, monkeypatch, tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_text("precious")
+    made = deploy.export_torch_tensorrt(Model(), (torch.randn(1, 48, 32),), config=VMOBA, grid=GRID)
+
+    def full(program, file):
+        with open(file, "w") as half:
+            half.write("ha")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(ExportError, match=r"cannot be written to .*No space left"):
+        patched.setattr(torch.export, "save", full)
+        made.save(path)
+    assert path.read_text() == "precious" and list(tmp_path.iterdir()) == [path]
+    made.save(path)
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_size > 1000
+    deploy.load_torch_tensorrt(path)
+    with pytest.raises(ValueError, match="is a folder; give the path of a file"):
+        deploy.export_torch_tensorrt(Model(), (torch.randn(1, 48, 32),), path=tmp_path, config=VMOBA, grid=GRID)
+
+
 def test_failures_name_the_model(library):
     def fail(program, **settings):
         raise RuntimeError("no engine\nand a long trace")

@@ -15,6 +15,7 @@ import torch
 
 from ..backend import warn
 from ..passes import ExportError
+from .files import check_target, replacing
 from .progress import Steps
 from .tensorrt_library import PLUGINS, Library, find_library
 
@@ -89,7 +90,8 @@ def build_engine(
 
     Args:
         onnx_path: the file; its weights may lie beside it.
-        engine_path: where to write; None: the same name with the suffix ``.engine``.
+        engine_path: where to write; None: the same name with the suffix ``.engine``. A file that is there is replaced in one
+            step once the engine is complete; until then, and where anything fails, it stays as it was.
         runtime: "tensorrt", "tensorrt_rtx", or "auto", the first of them that is installed.
         plugins: how ``vmoba`` nodes run: "none", by the portable body in the file; "aot", as plugins of kernels that the
             engine holds; "jit", as plugins that need Python where the engine runs. Only TensorRT has plugins.
@@ -101,12 +103,15 @@ def build_engine(
 
     Raises:
         FileNotFoundError: there is no such file. ValueError, TypeError: an argument is unknown, out of range or does not
-        fit the file. ExportError: a library is missing, or it cannot parse or build the file.
+        fit the file. ExportError: a library is missing, or it cannot parse or build the file; the engine cannot be
+        written.
     """
     onnx_path = Path(onnx_path)
     if not onnx_path.is_file():
         raise FileNotFoundError(f"there is no ONNX file {onnx_path}")
-    engine_path = Path(engine_path) if engine_path is not None else onnx_path.with_suffix(".engine")
+    engine_path = check_target(onnx_path.with_suffix(".engine") if engine_path is None else engine_path)
+    if engine_path.exists() and engine_path.samefile(onnx_path):
+        raise ValueError(f"the engine would be written over its ONNX file {onnx_path}; give another engine_path")
     if plugins not in PLUGINS:
         raise ValueError(f"plugins must be one of {', '.join(map(repr, PLUGINS))}, not {plugins!r}")
     library = find_library(runtime, plugins)
@@ -151,10 +156,11 @@ def build_engine(
             raise ExportError(f"{library} cannot build {onnx_path.name}: {_cause(log.errors)}")
         step("writing")
         data = bytes(plan)
-        engine_path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(engine_path) as made:
+            made.write_bytes(data)
         if cache is not None and timing_cache is not None:
-            Path(timing_cache).write_bytes(bytes(cache.serialize()))
-        engine_path.write_bytes(data)
+            with replacing(Path(timing_cache)) as made:
+                made.write_bytes(bytes(cache.serialize()))
         seconds = time.perf_counter() - start
     return Engine(
         engine_path, library.name, library.version, capability, len(data), seconds, layers,

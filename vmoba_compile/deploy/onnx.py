@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..kernels.partition import Geometry, Triple
 from ..passes import ExportError, Report
 from ..passes.builder import Builder
 from ..passes.sizes import size_of, value_of
+from .files import check_target, replacing
 from .onnx_body import Rule, body_bytes, functions
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
 from .progress import Steps
@@ -74,12 +74,21 @@ class OnnxExport:
             if any(isinstance(x, str) for x in shape)
         }
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """What is in the file, in one line without its path."""
         checked = self.unverified or ", ".join(f"{name}: error {e:.1e}" for name, e in (self.errors or {}).items())
         return (
-            f"{self.path}: opset {self.opset}, {self.nodes} vmoba nodes, {self.bytes / 2**20:,.1f} MiB, portable body up to "
+            f"opset {self.opset}, {self.nodes} vmoba nodes, {self.bytes / 2**20:,.1f} MiB, portable body up to "
             f"{self.body_bytes / 2**20:,.1f} MiB for an attention; ONNX Runtime: {checked}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.summary()}"
+
+
+def weights_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie if they lie apart."""
+    return path.with_name(path.name + ".data")
 
 
 def export_onnx(
@@ -109,7 +118,10 @@ def export_onnx(
         model: any module, or one from :func:`vmoba_compile.optimize`, which brings its config and grid.
         args, kwargs: example inputs; float32, float16 or bfloat16 as the model takes them.
         path: of the file. Weights go to ``<path>.data`` beside it where ``external_data`` says so (None: where the file
-            would pass 1.5 GB). Files that are there are replaced once everything has succeeded.
+            would pass 1.5 GB). Files that are there stay as they are until the new ones are complete and have been run,
+            and where anything fails. Then the weights are moved to their place, and the file in one step after them, so
+            that it never stands without its weights; see :func:`~vmoba_compile.deploy.files.replacing` for what a process
+            that is killed between the two leaves. Older weights are not removed where the new file needs none.
         config, grid, strict, expect: as for :func:`vmoba_compile.optimize`.
         dynamic_shapes: of ``torch.export.export``: which sizes of the inputs may change.
         dynamic_batch: the short form for a dynamic first dimension of all inputs that share it; wants an example of batch
@@ -119,11 +131,12 @@ def export_onnx(
         progress: show a progress bar; None: on a terminal.
 
     Raises:
-        ExportError: the model cannot be traced or translated, or a library is missing. CoverageError, GridError: as for
-        ``optimize``. ValueError, TypeError: an argument is unknown or of the wrong type.
+        ExportError: the model cannot be traced or translated, a library is missing, or the file cannot be written.
+        CoverageError, GridError: as for ``optimize``. ValueError, TypeError: an argument is unknown or of the wrong type,
+        or ``path`` is a folder.
     """
     _check(opset, dynamic_batch, dynamic_shapes, verify)
-    path, kwargs, config = Path(path), dict(kwargs or {}), configured(model, config)
+    path, kwargs, config = check_target(path), dict(kwargs or {}), configured(model, config)
     if dynamic_batch:
         dynamic_shapes = batch_shapes(model, tuple(args), kwargs)
     with Steps("export to ONNX", 5, progress) as step:
@@ -142,9 +155,7 @@ def export_onnx(
             {"vmoba_compile.config": config.to_json(), "vmoba_compile.report": captured.report.to_json()}
         )
         step("writing and checking the file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            made = Path(folder) / path.name
+        with replacing(path) as made:
             converted.save(made, external_data=external_data)
             _check_file(made)
             step("running it in ONNX Runtime" if verify else "not running it")
@@ -153,9 +164,7 @@ def export_onnx(
                 errors, unverified = _measure(made, captured)
             elif verify:
                 unverified = f"not run: the portable body needs {needed / 2**30:.1f} GiB for one attention"
-            files = [path.parent / x.name for x in sorted(Path(folder).iterdir())]
-            for file in files:
-                os.replace(Path(folder) / file.name, file)
+            files = [path.parent / x.name for x in sorted(made.parent.iterdir())]
         step("done")
     if needed > HOPELESS:
         warn(

@@ -21,6 +21,7 @@ from ..config import VMoBAConfig
 from ..kernels.partition import Triple
 from ..passes import ExportError, Report
 from ..passes.recognise import module_path
+from .files import check_target, replacing
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
 
 METADATA = "vmoba_compile"  # the key of what a package tells of itself
@@ -38,6 +39,13 @@ class Package:
     bytes: int
     seconds: float  # that compiling it took
     error: float | None  # relative to the rewritten program; None if it was not compared
+
+    def __str__(self) -> str:
+        compared = "not run (verify=False)" if self.error is None else f"error {self.error:.1e}"
+        return (
+            f"{self.path}: {self.bytes / 2**20:,.1f} MiB, {len(self.kernels)} VMoBA kernels, {self.seconds:.1f} s to"
+            f" compile; run on the example inputs: {compared}"
+        )
 
     def load(self) -> Any:
         """The package as a callable that takes what the model took."""
@@ -68,10 +76,12 @@ def export_package(
 
     The other arguments are those of ``capture``: with ``dynamic_shapes`` the batch may be dynamic, with a largest size, but
     not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, runs it on the given inputs and
-    compares it with the rewritten program.
+    compares it with the rewritten program. A file that is there is replaced in one step once the package is complete and,
+    with ``verify``, has run; until then, and where anything fails, it stays as it was.
 
     Raises:
-        ExportError: the model is not on a GPU, or torch.export or AOTInductor cannot do it. ValueError: a bad ``path``.
+        ExportError: the model is not on a GPU, torch.export or AOTInductor cannot do it, or the package cannot be loaded,
+        run or written. ValueError: a bad ``path``.
         GridError, CoverageError: see ``capture``.
     """
     path = _checked(path)
@@ -89,19 +99,28 @@ def export_package(
     # Kernels that are tried on invented inputs would follow invented lists to any address; the model's own inputs are used.
     options = {**_sound(), "triton.autotune_at_compile_time": False, "aot_inductor.metadata": {METADATA: about}}
     start = time.perf_counter()
-    with inline.watch() as launches, torch.no_grad():
-        try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=options | dict(inductor_options or {})
-            )
-        except Exception as error:
-            cause = first_line(error)
-            raise ExportError(f"AOTInductor cannot compile {type(model).__name__}: {cause}") from error
-    seconds = time.perf_counter() - start
-    package = Package(path, captured.report, tuple(sorted(set(launches))), path.stat().st_size, seconds, None)
-    if expected is None:
-        return package
-    return replace(package, error=relative_error(_run(package.load(), captured), expected))
+    with replacing(path) as made:
+        with inline.watch() as launches, torch.no_grad():
+            try:
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(made), inductor_configs=options | dict(inductor_options or {})
+                )
+            except Exception as error:
+                cause = first_line(error)
+                raise ExportError(f"AOTInductor cannot compile {type(model).__name__}: {cause}") from error
+        seconds = time.perf_counter() - start
+        package = Package(made, captured.report, tuple(sorted(set(launches))), made.stat().st_size, seconds, None)
+        if expected is not None:
+            package = replace(package, error=_compare(package, captured, expected))
+    return replace(package, path=path)
+
+
+def _compare(package: Package, captured: Captured, expected: Any) -> float:
+    try:
+        return relative_error(_run(package.load(), captured), expected)
+    except Exception as error:
+        cause = first_line(error)
+        raise ExportError(f"the package was compiled but cannot be loaded and run: {cause} (verify=True)") from error
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -109,8 +128,10 @@ def read_about(path: str | Path) -> dict[str, Any]:
     it was made. Nothing of the package is loaded.
 
     Raises:
-        ValueError: the file is no package of :func:`export_package`.
+        FileNotFoundError: there is no such file. ValueError: it is no package of :func:`export_package`.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no package {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -161,6 +182,7 @@ def _checked(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, as packages of PyTorch do, not {str(path)!r}")
+    check_target(path)
     if not path.parent.is_dir():
         raise ValueError(f"the folder {path.parent} of path does not exist")
     return path

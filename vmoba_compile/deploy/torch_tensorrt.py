@@ -27,6 +27,7 @@ from ..config import VMoBAConfig
 from ..kernels.partition import Triple
 from ..passes import ExportError, Report
 from ..passes.recognise import module_path
+from .files import check_target, replacing
 from .program import capture, first_line, relative_error, tensors_of
 from .progress import Steps
 
@@ -84,14 +85,20 @@ class TorchTensorRT:
         """Write an exported program that holds the engines; :func:`load_torch_tensorrt` reads it.
 
         The file is for the GPU architecture and the versions of the libraries that made it, and for inputs of the sizes
-        of the example. Raises ExportError where the module cannot be exported.
+        of the example. One that is there is replaced in one step once the new one is complete; until then, and where
+        anything fails, it stays as it was.
+
+        Raises:
+            ExportError: the module cannot be exported, or the file not be written. ValueError: ``path`` is a folder.
         """
-        path = Path(path)
+        path = check_target(path)
         try:
             with torch.no_grad(), _quiet():
                 program = torch.export.export(self.module, self.args, dict(self.kwargs), strict=False)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.export.save(program, str(path))
+                with replacing(path) as made:
+                    torch.export.save(program, str(made))
+        except ExportError:
+            raise
         except Exception as error:
             raise ExportError(
                 f"the engines of {self.library} cannot be written to {path}: {first_line(error)}"
@@ -134,11 +141,13 @@ def export_torch_tensorrt(
     Raises:
         ExportError: there is no GPU, Torch-TensorRT is missing or cannot compile the model, or it cannot be traced; or, with
         ``verify``, the engines fail, or give NaN where PyTorch does not.
-        ValueError: inputs are not on a GPU. CoverageError, GridError: as for ``optimize``.
+        ValueError: inputs are not on a GPU, or ``path`` is a folder. CoverageError, GridError: as for ``optimize``.
     """
     kwargs = dict(kwargs or {})
     torch_tensorrt, library = find_torch_tensorrt()
     device = _device(model, args, kwargs)
+    if path is not None:
+        path = check_target(path)
     with Steps("compiling with Torch-TensorRT", 3, progress) as step:
         step("tracing the model")
         captured = capture(
@@ -169,7 +178,7 @@ def export_torch_tensorrt(
         left = tuple(_left(node, torch_tensorrt, min_block_size) for node in outside)
         made = TorchTensorRT(
             module, captured.report, engines, left, seconds, library,
-            None if path is None else Path(path), None, captured.args, captured.kwargs,
+            path, None, captured.args, captured.kwargs,
         )  # fmt: skip
         if verify:
             made = replace(made, error=_compare(made, expected))
