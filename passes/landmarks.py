@@ -6,7 +6,7 @@ inputs are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,7 @@ def tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from tensors(item, f"{name}[{key!r}]")
 
 
-def arguments(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a function with parameters ``names`` is called with, however they are passed."""
     for place, value in enumerate(args):
         yield from tensors(value, names[place] if place < len(names) else f"*{place}")

@@ -117,8 +117,9 @@ class Rewriter:
         if self.latest is not version.report:
             self._take(version.report)
         # DDP runs each piece on fake tensors while it compiles the next one.
-        if self.ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
-            self.ran.append(version.report)
+        ran = self.ran  # another thread's call may end meanwhile
+        if ran is not None and not any(isinstance(x, FakeTensor) for x in inputs):
+            ran.append(version.report)
         if self.handover is not None and isinstance(outputs, (tuple, list)):
             self.handover.note(inputs, outputs, version.told)
 

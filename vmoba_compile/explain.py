@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .backend import Rewriter, check_grid
@@ -50,11 +50,14 @@ def dry_run(
     config: VMoBAConfig,
     grid: Triple | None,
     landmarks: Landmarks | None = None,
+    mark: Callable[[nn.Module], None] | None = None,
     remedy: str = "use optimize() and report()",
 ) -> Report:
-    """Trace and rewrite the whole model on fake tensors; ``landmarks`` takes what is known at the marks in its graphs.
+    """Trace and rewrite the whole model on fake tensors.
 
-    ``remedy`` is for a model that cannot be run without values.
+    It is a copy of the model that runs, so that nothing that the model keeps of a run stays in it. ``mark`` prepares that
+    copy, and ``landmarks`` takes what is known at the marks in its graphs; ``remedy`` is for a model that cannot be copied
+    or cannot run without values.
     """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     rewriter = Rewriter(config, grid, _WithoutRunning(fake_mode), handover=Handover(), landmarks=landmarks)
@@ -62,11 +65,19 @@ def dry_run(
     def fake(value: Any) -> Any:
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
-    tensors = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-    fake_args, fake_kwargs = pytree.tree_map(fake, (args, dict(kwargs)))
-    compiled = compile_with(model, rewriter, {"dynamic": False})
     try:
-        with plainly(model, (args, kwargs)), _reparametrize_module(model, tensors), torch.no_grad():
+        twin = copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RewriteError(f"{type(model).__name__} cannot be copied for a dry run ({cause}); {remedy}") from error
+    if mark is not None:
+        mark(twin)
+    fake_args, fake_kwargs = pytree.tree_map(fake, (args, dict(kwargs)))
+    compiled = compile_with(twin, rewriter, {"dynamic": False})
+    try:
+        # Past the limit the copy would run eagerly, and nothing would be seen.
+        unlimited = torch._dynamo.config.patch(recompile_limit=2**30, accumulated_recompile_limit=2**30)
+        with plainly(model, (args, kwargs)), torch.no_grad(), unlimited:
             compiled(*fake_args, **fake_kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise _needs_value(model, str(error.func), rewriter.report, remedy) from error

@@ -46,8 +46,7 @@ def optimize(
         expect: raise unless at least so many attentions are rewritten.
         regional: compile the model's repeated blocks one by one, one graph for all whose layers have the same schemes: a
             fraction of the compile time; what lies outside the blocks runs eagerly. The first call with inputs of a new
-            size makes a dry run of the model. After a call with gradients enabled the model's own blocks stay compiled,
-            as ``nn.Module.compile`` leaves them, for checkpoints that the backward pass computes again.
+            size makes a dry run of the model.
         dump_dir: a folder for the text of every captured graph, before and after the rewrite.
         compile_kwargs: ``fullgraph``, ``dynamic``, ``mode``, ``options`` and the rest, as for ``torch.compile``;
             ``dynamic`` is False unless given, since blocks and ``min_tokens`` belong to a size.
@@ -70,6 +69,9 @@ def optimize(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; pass the module that torch.compile or optimize was given")
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise TypeError(f"{path} is compiled already; optimize the model with the plain module in that place")
     if "backend" in compile_kwargs:
         raise ValueError("optimize is itself the backend; choose the compiler of the rewritten graph with inner=")
     if compile_kwargs.get("disable"):
@@ -111,7 +113,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vmoba
-        dense = self._uses_dense(args, kwargs)
+        dense = self._uses_dense(kwargs)
         state.ran_dense = dense
         with plainly(self._orig_mod, (args, kwargs)):
             result = (state.made.run_dense if dense else state.made)(*args, **kwargs)
@@ -121,15 +123,16 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         return result
 
     @torch.compiler.disable
-    def _uses_dense(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _uses_dense(self, kwargs: dict[str, Any]) -> bool:
         """What was asked for, or what the step of the pipeline that is running asks for."""
-        state = self._vmoba
-        if state.dense is not None or state.settings["config"].dense_steps == 0:
+        state, config = self._vmoba, self._vmoba.settings["config"]
+        # With gradients on it is no denoising loop, whatever scheduler a trainer holds.
+        if state.dense is not None or config.dense_steps == 0 or torch.is_grad_enabled():
             return bool(state.dense)
         pipeline = calling_pipeline(self)
         if pipeline is None:
             return False
-        step = state.clock.read(pipeline, kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        step = state.clock.read(pipeline, kwargs.get("timestep"))
         if step is None:
             if not state.told:
                 warn(
@@ -138,7 +141,10 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
                 )
                 state.told = True
             return False
-        return bool(step.index < state.settings["config"].dense_step_count(step.count))
+        dense_steps = config.dense_step_count(step.count)
+        if isinstance(config.dense_steps, int):  # a scheduler of second order calls the model twice a step
+            dense_steps *= getattr(pipeline.scheduler, "order", 1)
+        return bool(step.index < dense_steps)
 
     def _check_coverage(self) -> None:
         """Judge one call by the graphs that it ran: none where Dynamo ran the model eagerly, that is dense."""
@@ -206,7 +212,13 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OptimizedModel, (self._orig_mod, self._vmoba.settings)
+        return _remade, (self._orig_mod, self._vmoba.settings, self._vmoba.dense)
+
+
+def _remade(model: nn.Module, settings: dict[str, Any], dense: bool | None) -> OptimizedModel:
+    made = OptimizedModel(model, settings)
+    made.set_dense(dense)
+    return made
 
 
 class _State:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import types
 import warnings
+import weakref
 
 import models
 import pytest
@@ -276,6 +278,7 @@ class Loop:
         self.scheduler = types.SimpleNamespace(timesteps=timesteps)
         self.seen = []
 
+    @torch.no_grad()
     def run(self, show):
         for t in self.scheduler.timesteps:
             if show:
@@ -309,6 +312,103 @@ def test_a_pipeline_that_does_not_is_told_once(step):
         loop.run(show=False)
     assert loop.seen == [False] * 4
     assert sum("does not show which denoising step" in str(w.message) for w in caught) == 1
+
+
+def test_a_trainer_with_a_scheduler_is_sparse(step):
+    """It is no denoising loop, whatever its scheduler's count says."""
+    loop = Loop(step, torch.linspace(1, 0, 4))
+    loop.scheduler.step_index = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Loop.run.__wrapped__(loop, show=True)
+    assert loop.seen == [False] * 4
+
+
+@pytest.mark.filterwarnings("ignore:vmoba_compile")
+def test_no_timestep_is_no_first_step(step):
+    """A scheduler that is never stepped, and a model whose timestep has another name."""
+    loop = Loop(step, torch.linspace(1, 0, 4))
+    loop.scheduler.step_index = None
+    step._orig_mod.forward = lambda t: torch.zeros(1)
+    with torch.no_grad():
+        for t in loop.scheduler.timesteps:
+            loop.transformer = step
+            Caller.call(loop, t=t)
+    assert loop.seen == [False] * 4
+
+
+class Caller:
+    def call(self, **kwargs):
+        self.transformer(**kwargs)
+        self.seen.append(self.transformer.is_dense())
+
+
+def test_second_order_schedulers_call_twice_a_step(transformer):
+    noted = Noted()
+    run_wan(wan(optimize(transformer, noted, dense_steps=3), scheduler=schedulers()["heun"]), guidance_scale=1.0)
+    assert noted.ran == "d" * 6 + "s" * 9
+
+
+def test_more_steps_announced_than_scheduled():
+    """A count over tiles or training steps does not make every step dense."""
+    timesteps = torch.arange(20.0)
+    scheduler = types.SimpleNamespace(timesteps=timesteps)
+    pipeline = types.SimpleNamespace(scheduler=scheduler, num_timesteps=1000, current_timestep=timesteps[7])
+    progress = Clock().read(pipeline, None)
+    assert (progress.index, progress.count) == (7, 20)
+
+
+def test_a_run_that_begins_at_an_index():
+    timesteps = torch.arange(20.0)
+    scheduler = types.SimpleNamespace(timesteps=timesteps, begin_index=12)
+    pipeline = types.SimpleNamespace(scheduler=scheduler, current_timestep=timesteps[13])
+    progress = Clock().read(pipeline, None)
+    assert (progress.index, progress.count) == (1, 8)
+
+
+def test_one_step_more_than_runs():
+    """Schedulers with an entry behind the last step, from which nothing is skipped."""
+    timesteps = torch.arange(9.0)
+    scheduler = types.SimpleNamespace(timesteps=timesteps, begin_index=None)
+    pipeline = types.SimpleNamespace(scheduler=scheduler, num_timesteps=8, current_timestep=timesteps[2])
+    progress = Clock().read(pipeline, None)
+    assert (progress.index, progress.count) == (2, 8)
+
+
+def test_a_timestep_for_every_frame_is_no_step():
+    scheduler = types.SimpleNamespace(timesteps=torch.arange(9.0), step_index=None)
+    pipeline = types.SimpleNamespace(scheduler=scheduler, current_timestep=torch.zeros(5))
+    assert Clock().read(pipeline, torch.zeros(5)) is None
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: nn.Sequential(x), lambda x: {"t": x}, lambda x: [x]], ids=["module", "dict", "list"]
+)
+def test_held_indirectly(step, wrap):
+    class Holder:
+        scheduler = None
+
+        def __init__(self):
+            self.scheduler = types.SimpleNamespace(timesteps=torch.arange(3.0))
+            self.held = wrap(step)
+
+        def call(self):
+            return calling_pipeline(step) is self
+
+    assert Holder().call()
+
+
+def test_locals_of_callers_are_freed(step):
+    class Caller:
+        def call(self):
+            big = nn.Linear(2, 2)
+            seen = weakref.ref(big)
+            calling_pipeline(step)
+            del big
+            gc.collect()
+            return seen()
+
+    assert Caller().call() is None
 
 
 def test_a_scheduler_that_never_steps_is_not_believed():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import models
 import pytest
@@ -13,7 +15,7 @@ import torch
 import training
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import EXACT, assert_same, clip, step, with_oracle
+from training import EXACT, assert_same, clip, gradients, step, with_oracle
 from vmoba_compile.passes import CoverageError, GridError, Reason, RewriteError
 
 import vmoba_compile
@@ -136,6 +138,214 @@ def test_training(checkpointed, reentrant):
         expected, truth = step(twin, video)
         torch.testing.assert_close(loss, expected, rtol=EXACT, atol=0)
         assert_same(grads, truth, EXACT)
+
+
+def test_the_plain_model_beside_it_in_training():
+    """What is kept for the backward pass of the one is not used by the other, nor by a graph of the whole model."""
+    video = clip(2)
+    model = training.build(layers=2)
+    model.around = functools.partial(checkpoint, use_reentrant=False)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="aot_eager", regional=True, expect=2)
+    whole = vmoba_compile.optimize(model, training.CONFIG, inner="aot_eager", expect=2)
+    twin = with_oracle(model)
+    dense, dense_grads = step(copy.deepcopy(model), video)
+    for _ in range(2):
+        for optimized in (fast, whole):
+            loss, grads = step(optimized, video)
+            expected, truth = step(twin, video)
+            torch.testing.assert_close(loss, expected, rtol=EXACT, atol=0)
+            assert_same(grads, truth, EXACT)
+        step(fast, video)
+        loss, grads = step(model, video)
+        torch.testing.assert_close(loss, dense)
+        assert_same(grads, dense_grads, EXACT)
+
+
+def test_min_tokens_of_training(monkeypatch, tmp_path):
+    """Layers are numbered where only training is worth it."""
+    entry = {"forward": 100, "training": 50, "largest": {}, "torch": torch.__version__, "measured": "2026-01-31"}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"version": 1, "devices": {"cpu": entry}}))
+    monkeypatch.setenv("VMOBA_COMPILE_CALIBRATION", str(path))
+    config = VMoBAConfig.from_dict(training.CONFIG.to_dict() | {"min_tokens": "auto"})
+    fast = vmoba_compile.optimize(training.build(layers=4), config, inner="aot_eager", regional=True)
+    fast(clip()).sum().backward()
+    assert [site.layer for site in vmoba_compile.report(fast)] == [0, 1, 2, 3]
+    with torch.no_grad(), pytest.warns(UserWarning, match="4 too_few_tokens"):
+        fast(clip())
+
+
+def test_many_dry_runs_are_told():
+    class Counted(training.VideoModel):
+        def forward(self, video, step):
+            return super().forward(video) * step
+
+    fast = vmoba_compile.optimize(Counted(layers=2), training.CONFIG, inner="eager", regional=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match="pass what changes at every step"):
+        for step in range(8):
+            fast(clip(), step)
+
+
+BETWEEN = {
+    "without gradients": lambda fast, video: torch.no_grad()(fast)(video),
+    "dense": lambda fast, video: run_dense(fast, video),
+    "another size": lambda fast, video: fast(clip(1, (3, 4, 6))),
+}
+
+
+def run_dense(fast, video):
+    with fast.dense():
+        return fast(video)
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_is_computed_again_as_it_was(reentrant, between):
+    """Whatever runs between a forward pass and its backward."""
+    model = training.build(layers=3)
+    model.around = functools.partial(checkpoint, use_reentrant=reentrant)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="aot_eager", regional=True, expect=3)
+    video = clip(2).requires_grad_()
+    between(fast, clip(2))
+    loss = training.loss_of(fast, video)
+    between(fast, clip(2))
+    model.zero_grad()
+    loss.backward()
+    _, truth = step(with_oracle(model), video)
+    assert_same(gradients(model), truth, EXACT)
+
+
+def test_the_plain_model_after_gradients():
+    model, video = training.build(layers=2), clip()
+    with torch.no_grad():
+        dense = model(video)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="aot_eager", regional=True, expect=2)
+    fast(video)
+    with torch.no_grad():
+        torch.testing.assert_close(model(video), dense)
+        checked = vmoba_compile.verify(fast, video)
+        assert checked.rewrite_error < 1e-5
+
+
+class Memo(training.VideoModel):
+    """Keeps tensors of its own between calls, and counts them."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.memo, self.cache = {}, None
+
+    def forward(self, video):
+        if self.cache is None:
+            self.cache = torch.zeros(1)
+        if video.shape not in self.memo:
+            self.memo[video.shape] = torch.ones(1)
+        return super().forward(video * self.memo[video.shape] + self.cache)
+
+
+def test_a_dry_run_leaves_nothing_in_the_model():
+    model = Memo(layers=2)
+    vmoba_compile.explain(model, clip())
+    assert not model.memo and model.cache is None
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="eager", regional=True, expect=2)
+    with torch.no_grad():
+        assert type(fast(clip())) is torch.Tensor
+    assert [type(x) for x in (model.cache, *model.memo.values())] == [torch.Tensor] * 2
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Order(training.VideoModel):
+    """Patches a video whose axes an attribute and an argument order."""
+
+    axes = None
+
+    def forward(self, video, scale=1.0):
+        if self.axes is not None:
+            video = video.permute(0, 1, *self.axes)
+        if scale != 1.0:
+            video = video.transpose(3, 4)
+        return super().forward(video)
+
+
+def same_as_afresh(fast, model, *inputs, layers=2):
+    with torch.no_grad():
+        expected = vmoba_compile.optimize(model, training.CONFIG, inner="eager", expect=layers)(*inputs)
+        torch.testing.assert_close(fast(*inputs), expected)
+    assert len(vmoba_compile.report(fast).rewritten) == layers
+
+
+def test_the_plan_belongs_to_the_model_as_it_is():
+    """Attributes, arguments, modules and their order may change between calls."""
+    model = Order(layers=2)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="eager", regional=True, strict=True)
+    video = clip(1, (4, 4, 6))
+    same_as_afresh(fast, model, video)
+    model.axes = (2, 4, 3)
+    same_as_afresh(fast, model, video)
+    model.axes = None
+    same_as_afresh(fast, model, video, 2.0)
+    model.patch = nn.Conv3d(3, 16, (2, 2, 1), (2, 2, 1))
+    model.unpatch = nn.ConvTranspose3d(16, 3, (2, 2, 1), (2, 2, 1))
+    same_as_afresh(fast, model, video)
+    model.blocks.append(training.Block(16, 2, 0.0))
+    same_as_afresh(fast, model, video, layers=3)
+    model.blocks = nn.ModuleList(reversed(model.blocks))
+    same_as_afresh(fast, model, video, layers=3)
+
+
+def test_strict_judges_every_graph():
+    model = training.build(layers=3)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="eager", regional=True, strict=True)
+    with torch.no_grad():
+        fast(clip())
+        for block in model.blocks:
+            block.attend = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=True)
+        with pytest.raises(CoverageError, match="causal"):
+            fast(clip())
+
+
+def test_hooks_on_blocks_come_after_what_is_told():
+    """A hook of the model's own that reorders tokens is part of the block's graph."""
+    model = training.build(layers=2)
+
+    def swap(module, args):
+        return (args[0].unflatten(1, (4, 4, 4)).transpose(1, 3).flatten(1, 3),)
+
+    model.blocks[1].register_forward_pre_hook(swap)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="eager", regional=True)
+    whole = vmoba_compile.optimize(model, training.CONFIG, inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(clip()).shape, clip().shape)
+        video = clip()
+        torch.testing.assert_close(fast(video), whole(video))
+    assert sites(fast) == sites(whole)
+
+
+def test_threads():
+    model = training.build(layers=2)
+    fast = vmoba_compile.optimize(model, training.CONFIG, inner="eager", regional=True, expect=2)
+    videos = [clip(1, (4, 4, 4)), clip(1, (3, 4, 6))]
+    with torch.no_grad():
+        expected = [fast(video) for video in videos]
+
+    def run(place):
+        with torch.no_grad():
+            return [float((fast(videos[place]) - expected[place]).abs().max()) for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = [error for result in pool.map(run, [0, 1]) for error in result]
+    assert max(errors) < 1e-5
+
+
+def test_a_copy_keeps_its_mode():
+    fast = vmoba_compile.optimize(training.build(), training.CONFIG, inner="eager")
+    fast.set_dense(True)
+    assert copy.deepcopy(fast).is_dense() and pickle.loads(pickle.dumps(fast)).is_dense()
+
+
+def test_compiled_parts_are_refused():
+    inner = vmoba_compile.optimize(training.build(), training.CONFIG, inner="eager")
+    with pytest.raises(TypeError, match="0 is compiled already"):
+        vmoba_compile.optimize(nn.Sequential(inner), training.CONFIG, inner="eager")
 
 
 def test_state_pickle_and_copy():
