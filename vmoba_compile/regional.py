@@ -123,7 +123,7 @@ class Regions:
                 self.modes[call] = mode  # the latest for these tensors: older ones with their addresses are gone
         if mode is None:
             return block._call_impl(*args, **kwargs)
-        if mode is DENSE:
+        if mode == DENSE:
             if self.dense_region is None:
                 self.dense_region = self._compiled("dense_block", self.compiler)
             return self.dense_region(block, args, kwargs)

@@ -146,8 +146,13 @@ def _numbers(path: str, sites: list[Site]) -> Iterator[tuple[SiteKey, int]]:
 def _mark(twin: nn.Module) -> None:
     """Landmarks at the entries of the blocks of a copy of the model."""
     for path, block in survey(twin)[0].items():
-        # Before hooks of the model's own, which are in the blocks' graphs.
-        block.register_forward_pre_hook(_marking(path, parameters(block)), prepend=True, with_kwargs=True)
+        # Before hooks of the model's own, which are in the blocks' graphs. prepend=True moves an entry to the front, of
+        # which Dynamo's guards in torch 2.11 know nothing.
+        hooks = block._forward_pre_hooks
+        own = dict(hooks)
+        hooks.clear()
+        block.register_forward_pre_hook(_marking(path, parameters(block)), with_kwargs=True)
+        hooks.update(own)
 
 
 def parameters(block: nn.Module) -> tuple[str, ...]:
