@@ -235,7 +235,7 @@ class Report:
         for title in ("layer", "module", "heads", "tokens", "block", *(title for title, _ in measured), "verdict"):
             right = title in ("layer", "density", "mass kept")
             table.add_column(title, justify="right" if right else "left", no_wrap=True)
-        table.add_column("why")
+        table.add_column("why", min_width=20)
         for site in self.sites:
             block = "x".join(map(str, site.block)) if site.block else ""
             colour = "green" if site.rewritten else "yellow"
@@ -259,10 +259,13 @@ class Report:
         from io import StringIO
 
         from rich.console import Console
+        from rich.measure import Measurement
 
         out = StringIO()
-        width = max(80, shutil.get_terminal_size((180, 24)).columns)
-        Console(file=out, width=width, no_color=True, force_terminal=False).print(self)
+        console = Console(file=out, width=1000, no_color=True, force_terminal=False)
+        least = Measurement.get(console, console.options, self._table()).minimum  # in less, figures would be cut
+        console.width = max(least, 80, shutil.get_terminal_size((180, 24)).columns)
+        console.print(self)
         return "\n".join(map(str.rstrip, out.getvalue().splitlines()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -83,6 +84,16 @@ def test_table_shows_brackets(monkeypatch):
     monkeypatch.setenv("COLUMNS", "180")
     text = str(Report([Site("a[red].b", Reason.MASK, "a mask over [B, 1, S] [bold]pairs[/bold]", "softmax", "f.py:1")]))
     assert "a[red].b" in text and "a mask over [B, 1, S] [bold]pairs[/bold]" in text
+
+
+def test_figures_are_not_cut_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    site = Site(
+        "a.long.module.path.0.attn1", Reason.REWRITTEN, "", "softmax", "f.py:1", tokens=32760, heads=12, head_dim=128
+    )
+    text = str(Report([dataclasses.replace(site, density=(0.2,), mass=(0.875,))]))
+    for part in ("mass kept", "a.long.module.path.0.attn1", "0.200", "0.875", "rewritten", "why"):
+        assert part in text
 
 
 @pytest.mark.parametrize("name", ["report.txt", "report"])
