@@ -289,6 +289,7 @@ def flex_at_density(tensors: list[Tensor], density: float) -> tuple[Run, float, 
     return lambda: compiled(q, k, v, block_mask=mask), kept / across, tokens
 
 
+@torch.no_grad()
 def mean_density(model: nn.Module, config: VMoBAConfig, inputs: dict) -> float:
     """Share of (query, box) entries that the model's attentions select, mean over layers, heads and samples."""
     found: list[float] = []

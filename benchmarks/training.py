@@ -234,7 +234,6 @@ def check_losses(sides: dict[str, dict]) -> None:
         raise RuntimeError(f"dense and sparse losses differ by more than 5 %: {first}")
 
 
-@torch.no_grad()
 def measure_model(grid: tuple[int, int, int], layers: int, setup: Setup) -> dict:
     """Training steps of one model, dense and rewritten, one after the other with the same weights and inputs."""
     torch.manual_seed(0)

@@ -109,7 +109,7 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         # Plain attributes would be set on the wrapped model.
         object.__setattr__(self, "_vmoba", _State(settings, made))
         # Under an outer torch.compile the graphs made here must still run, not be traced through as plain dense code.
-        self.forward = torch.compiler.disable(self._call, recursive=False)
+        self.forward = torch.compiler.disable(self._call)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         state = self._vmoba
@@ -122,7 +122,6 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
             state.checked.add(state.made.graphs())
         return result
 
-    @torch.compiler.disable
     def _uses_dense(self, kwargs: dict[str, Any]) -> bool:
         """What was asked for, or what the step of the pipeline that is running asks for."""
         state, config = self._vmoba, self._vmoba.settings["config"]

@@ -25,7 +25,6 @@ from .passes import Layers, Reason, Report, RewriteError, Site
 from .passes.landmarks import arguments
 from .passes.report import SiteKey, site_keys
 from .regional_plan import REMEDY, Plan, by_block, learn, parameters, signature, survey
-from .whole import untraced
 
 # A block's class, and of each of its attentions the scheme and whether the configuration keeps it dense.
 Kind = tuple[type[nn.Module], tuple[tuple[SiteKey, int, bool], ...]]
@@ -74,7 +73,6 @@ class Regions:
         self.regions: dict[Kind, _Region] = {}
         self.dense_region: Callable[..., Any] | None = None
 
-    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One sparse forward of the model."""
         with self.lock:
@@ -99,7 +97,6 @@ class Regions:
                 self.reported = self.graphs()
             return result
 
-    @untraced
     def run_dense(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the model, its blocks compiled as they are."""
         with self.lock:
@@ -200,13 +197,13 @@ class Regions:
         return run
 
     def _run(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model, eagerly, whatever torch.compile may be around it, and its blocks compiled."""
+        """The model, eagerly, and its blocks compiled."""
         before = {path: block.__dict__.get("_compiled_call_impl") for path, block in self.blocks.items()}
         for path, block in self.blocks.items():
             block._compiled_call_impl = _BlockCall(self, path, block)
         self.mode, self.active, self.recording = mode, True, self.recording or torch.is_grad_enabled()
         try:
-            return torch.compiler.disable(self.model.__call__)(*args, **kwargs)
+            return self.model(*args, **kwargs)
         finally:
             self.active = False
             if not torch.is_grad_enabled():  # else the backward pass may compute checkpointed blocks again

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import nn
 
 from .backend import Rewriter, inner_compiler
 from .compiling import compile_with
 from .handover import Handover
 from .passes import Report
-
-# Not traced through by a torch.compile around the optimized model; what is compiled here runs.
-untraced = torch.compiler.disable(recursive=False)
 
 
 class Whole:
@@ -41,7 +37,6 @@ class Whole:
     def report(self) -> Report:
         return self.rewriter.report
 
-    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One sparse forward."""
         self._ran = self.rewriter.ran = []
@@ -51,7 +46,6 @@ class Whole:
         finally:
             self.rewriter.ran = None
 
-    @untraced
     def run_dense(self, *args: Any, **kwargs: Any) -> Any:
         """One forward with the model's own attention."""
         self._handover.begin()

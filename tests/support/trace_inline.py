@@ -241,7 +241,8 @@ def lower(name: str) -> dict[str, Any]:
         except Exception as error:
             errors[kernel_name] = f"{error}"[-500:]
     launches = code[0].count(".run(")
-    copies = [line for line in code[0].splitlines() if "copy_(" in line or "clone" in line]
+    lines = (line for line in code[0].splitlines() if not line.lstrip().startswith("#"))
+    copies = [line for line in lines if "copy_(" in line or "clone" in line]
     return {"case": name, "launches": launches, "kernels": sorted(found), "copies": copies, "errors": errors}
 
 
