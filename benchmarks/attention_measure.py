@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 import vmoba_compile
 from vmoba_compile import VMoBAConfig
-from vmoba_compile.bench_measure import device_times, host_times
+from vmoba_compile.bench_measure import device_times, host_times, warm_up_for_capture
 from vmoba_compile.blocks import SCHEMES, default_block
 
 THRESHOLD = 0.25
@@ -132,13 +132,7 @@ def captured(run: Run, *, graph: bool) -> tuple[Run, str]:
     """The run as a CUDA graph's replay, or as it is where it is not or cannot be captured; and what was done."""
     if not graph:
         return run, EAGER
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    warm_up_for_capture(run)
     recorded = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(recorded):

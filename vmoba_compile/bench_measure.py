@@ -171,8 +171,8 @@ def device_times(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
     return {name: [start.elapsed_time(end) for start, end in events] for name, events in pairs.items()}
 
 
-def _captured(run: Run) -> Run:
-    """The run as a CUDA graph's replay, or as it is where it cannot be captured."""
+def warm_up_for_capture(run: Run) -> None:
+    """Run it on a stream of its own, as a CUDA graph wants before it is captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -180,6 +180,11 @@ def _captured(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+
+
+def _captured(run: Run) -> Run:
+    """The run as a CUDA graph's replay, or as it is where it cannot be captured."""
+    warm_up_for_capture(run)
     recorded = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(recorded):

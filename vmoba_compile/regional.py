@@ -61,7 +61,6 @@ class Regions:
         self.outside: tuple[nn.Module, ...] = ()
         self.lock = threading.RLock()
         self.report = Report()
-        self.dense = False
         self.plans: dict[Any, Plan] = {}
         self.mode: Mode = None  # of the present call of the model
         self.modes: dict[Call, Mode] = {}  # of the calls of blocks that a backward pass may make again
@@ -105,26 +104,26 @@ class Regions:
 
     def run_block(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a block: by the model, by the plain model, or by a backward pass that computes a checkpoint again."""
-        given = dict(arguments(parameters(block), args, kwargs))
-        if not (self.recording or self.active) and torch._C._current_graph_task_id() == -1:
-            return block._call_impl(*args, **kwargs)
-        call = (path, *((name, tuple(x.shape), x.data_ptr()) for name, x in given.items()))
-        if torch._C._current_graph_task_id() != -1:
-            mode = self._mode_again(call)
-        else:
-            mode = self.mode if self.active else None
-            if self.recording and len(self.modes) == MANY_CALLS:
-                del self.modes[next(iter(self.modes))]
-            if self.recording:
-                self.modes.pop(call, None)
-                self.modes[call] = mode  # the latest for these tensors: older ones with their addresses are gone
+        mode = self.mode if self.active else None
+        again = torch._C._current_graph_task_id() != -1
+        if again or self.recording:
+            places = ((name, tuple(x.shape), x.data_ptr()) for name, x in arguments(parameters(block), args, kwargs))
+            mode = self._mode_again((path, *places)) if again else self._recorded((path, *places), mode)
         if mode is None:
             return block._call_impl(*args, **kwargs)
         if mode == DENSE:
             if self.dense_region is None:
                 self.dense_region = self._compiled("dense_block", self.compiler)
             return self.dense_region(block, args, kwargs)
-        return self._run_sparse(mode, path, block, args, kwargs, given)
+        return self._run_sparse(mode, path, block, args, kwargs)
+
+    def _recorded(self, call: Call, mode: Mode) -> Mode:
+        """The mode, kept for a backward pass: the latest for these tensors, as older ones with their addresses are gone."""
+        if len(self.modes) == MANY_CALLS:
+            del self.modes[next(iter(self.modes))]
+        self.modes.pop(call, None)
+        self.modes[call] = mode
+        return mode
 
     def _mode_again(self, call: Call) -> Mode:
         """How the forward pass made a call that the backward pass makes again."""
@@ -141,16 +140,16 @@ class Regions:
             return next(iter(alike.values()))
         raise RewriteError(
             f"{path} is computed again in a backward pass, but it is not known how its forward pass ran; call backward "
-            "before the model runs in another way, or compile it as a whole (regional=False)"
+            f"before the model runs in another way, or {REMEDY}"
         )
 
     def _run_sparse(
-        self, plan: Plan, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-        given: Mapping[str, Tensor],
-    ) -> Any:  # fmt: skip
+        self, plan: Plan, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self.called.add(path)
         region = self._region(plan, path)
         rewriter = region.rewriter
+        given = dict(arguments(parameters(block), args, kwargs))
         assert rewriter.handover is not None
         rewriter.handover.begin()
         for name, evidence in plan.of_block(path, given).items():

@@ -39,13 +39,7 @@ class Plan:
         return calls[0] if calls and all(call == calls[0] for call in calls) else {}
 
 
-def learn(
-    model: nn.Module,
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
-    config: VMoBAConfig,
-    grid: Triple | None,
-    training: bool,
-) -> Plan:
+def learn(model: nn.Module, inputs: Inputs, config: VMoBAConfig, grid: Triple | None, training: bool) -> Plan:
     """Make a dry run for these inputs; ``training`` where a backward may follow."""
     tensors = (*model.parameters(), *pytree.tree_leaves(inputs))
     device = next((x.device for x in tensors if isinstance(x, Tensor)), torch.device("cpu"))
