@@ -10,7 +10,8 @@ against ``vmoba_compile.optimize``, both by Inductor. Median milliseconds of a f
 memory, kept density, kernels by group; the time of a video of 50 steps follows by arithmetic. Every side of a case runs
 in a process of its own: one that fails is recorded with its cause and does not end the rest. New results are merged into
 those of the file; what was measured with other software is dropped. ``--regional`` adds compilation block by block. Prints
-tables, writes JSON and a plot to benchmarks/results/.
+tables, writes JSON and a plot to benchmarks/results/. ``--jobs 3`` compiles three at a time while one has the GPU: sooner
+done, but the compile times are those of a busy machine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,17 @@ SCRIPT = Path(__file__).with_name("end_to_end_measure.py")
 LEAST = 45  # seconds, less than which no process is worth starting
 SAME = ("device", "torch", "triton", "cudnn", "dtype", "implementation", "layers")
 Row = dict[str, Any]
+Unit = tuple[ModelCase, str, str]
 
 
-def run_unit(case: ModelCase, side: str, mode: str, args: argparse.Namespace, seconds: float) -> Row:
+def run_unit(unit: Unit, args: argparse.Namespace, seconds: float, turn: Path | None = None) -> Row:
     """One side of one case in a process of its own; its row, with ``error`` where something failed."""
+    case, side, mode = unit
     with tempfile.TemporaryDirectory() as folder:
         file, errors = Path(folder) / "row.json", Path(folder) / "stderr"
         command = [sys.executable, "-P", str(SCRIPT), case.name, side, mode, str(file)]
         command += ["--layers", str(args.layers)] if args.layers else []
+        command += ["--turn", str(turn)] if turn else []
         # Folders of its own: nothing is compiled yet.
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         with errors.open("w") as stderr:
@@ -64,7 +69,21 @@ def run_unit(case: ModelCase, side: str, mode: str, args: argparse.Namespace, se
         row["warnings"] = [line for line in told if "Warning: " in line]
         if code and "error" not in row:
             row["error"] = f"{end}: {told[-1]}" if told and "--limit" not in end else end
-    return case.facts() | {"side": side, "mode": mode} | row
+    return case.facts() | {"side": side, "mode": mode, "jobs": args.jobs} | row
+
+
+def run_units(units: list[Unit], args: argparse.Namespace, end_at: float) -> Iterator[tuple[Unit, Row | None]]:
+    """Rows as they come, ``--jobs`` processes at a time; None for what there is no time for."""
+
+    def run(unit: Unit) -> Row | None:
+        left = end_at - time.perf_counter()
+        return run_unit(unit, args, left, turn) if left >= LEAST else None
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        turn = Path(folder) / "turn" if args.jobs > 1 else None
+        running = {pool.submit(run, unit): unit for unit in units}
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -95,7 +114,7 @@ def told(row: Row) -> str:
     return f"{name}: compiled in {row['compile_s']:.1f} s, {row['ms']:.0f} ms a forward{density}{trouble}"
 
 
-def wanted(args: argparse.Namespace, rows: list[Row]) -> list[tuple[ModelCase, str, str]]:
+def wanted(args: argparse.Namespace, rows: list[Row]) -> list[Unit]:
     """What to measure, smaller models first."""
     cases = [case for case in (TINY if args.tiny else CASES) if not args.only or case.name in args.only]
     modes = ["whole", "regional"] if args.regional else ["whole"]
@@ -119,6 +138,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--missing", action="store_true", help="only what the file does not have, or not without an error"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile at a time")
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="end after so long")
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     parser.add_argument("--layers", type=int, help="of each stack of blocks, for a first try")
@@ -143,12 +163,10 @@ def main() -> None:
     elif before:
         console.print(f"{path} is of other software or another device, and is written anew", soft_wrap=True)
     failed: list[str] = []
-    for case, side, mode in wanted(args, facts["rows"]):
-        left = args.limit - (time.perf_counter() - start)
-        if left < LEAST:
+    for (case, side, mode), row in run_units(wanted(args, facts["rows"]), args, start + args.limit):
+        if row is None:
             console.print(f"{case.name} {side} {mode}: left out, --limit", highlight=False)
             continue
-        row = run_unit(case, side, mode, args, left)
         if "error" in row and "--limit" not in row["error"]:
             failed.append(f"{case.name} {side} {mode}")
         for line in (told(row), *row["warnings"]):

@@ -3,15 +3,17 @@
     python benchmarks/end_to_end_measure.py wan2.1-1.3b-480p sparse whole row.json
 
 A process has one model on the GPU and starts without compiled kernels, so that compile times do not depend on what ran
-before. ``dense`` is ``torch.compile`` with cuDNN's attention preferred. Where a case has a text mask its text fills the
-whole length and ``dense`` leaves the mask out, which then changes nothing and is the most that dense attention can do;
-``dense-masked`` keeps it, and ``sparse`` always does.
+before; with ``--turn`` several may compile beside each other, and the GPU computes for one at a time. ``dense`` is
+``torch.compile`` with cuDNN's attention preferred. Where a case has a text mask its text fills the whole length and
+``dense`` leaves the mask out, which then changes nothing and is the most that dense attention can do; ``dense-masked``
+keeps it, and ``sparse`` always does.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import json
 import re
@@ -19,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,34 @@ TINY = (
 )
 
 
+class Turn:
+    """The GPU, which processes that compile beside each other have one at a time: a lock on a file; none without one."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.file = path.open("w") if path else None
+        self.waited = 0.0  # seconds
+
+    def take(self) -> None:
+        start = time.perf_counter()
+        if self.file:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.waited += time.perf_counter() - start
+
+    def give(self) -> None:
+        if self.file:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def after(self, compiler: Inner) -> Inner:
+        """``compiler``, whose graphs run only in turn: what compiled them keeps the GPU until the process ends."""
+
+        def compile_and_take(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            made = compiler(graph, inputs)
+            self.take()
+            return made
+
+        return compile_and_take
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all rows of a run share."""
@@ -98,6 +128,7 @@ class Settings:
     tiny: bool = False
     layers: int | None = None  # of each stack, instead of the model's own number
     device: str = "cpu"
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def on_gpu(self) -> bool:
@@ -110,7 +141,7 @@ class Settings:
     @property
     def compiler(self) -> Inner:
         """Of both sides."""
-        return inner_compiler("inductor" if self.on_gpu else "eager")
+        return self.turn.after(inner_compiler("inductor" if self.on_gpu else "eager"))
 
 
 def build(case: ModelCase, settings: Settings) -> tuple[nn.Module, Inputs]:
@@ -245,7 +276,8 @@ def measure(
     case: ModelCase, side: str, mode: str, settings: Settings, save: Callable[[dict], None] = lambda row: None
 ) -> dict[str, Any]:
     """One row: seconds of the first call, then milliseconds of later ones; kernels, memory and density."""
-    device = settings.device
+    device, turn = settings.device, settings.turn
+    turn.take()
     model, inputs = build(case, settings)
     row: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -258,10 +290,11 @@ def measure(
             synchronize(device)
         torch._dynamo.utils.counters.clear()
         fast = compiled(model, case, side, mode, settings)
-        start = time.perf_counter()
+        turn.give()
+        start = time.perf_counter() - turn.waited
         output = first(fast(**inputs))
         synchronize(device)
-        row["first_s"] = time.perf_counter() - start
+        row["first_s"] = time.perf_counter() - turn.waited - start
         row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         row["output"] = sampled(output)
         del output
@@ -292,6 +325,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("mode", choices=MODES, help="the model compiled as a whole, or its blocks one by one")
     parser.add_argument("row", type=Path, help="the JSON file to write")
     parser.add_argument("--layers", type=int, help="of each stack of blocks; the model's own number unless given")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="locked while the GPU is in use")
     return parser.parse_args()
 
 
@@ -301,7 +335,7 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(1)  # tensors this small take longer on many
     (case,) = (case for case in CASES + TINY if case.name == args.case)
-    settings = Settings(case in TINY, args.layers, device)
+    settings = Settings(case in TINY, args.layers, device, Turn(args.turn))
 
     def save(row: dict) -> None:
         args.row.write_text(json.dumps(row))

@@ -107,14 +107,14 @@ def video_table(rows: list[Row]) -> Table:
 def compile_table(rows: list[Row]) -> Table:
     table = empty_table(
         "compile time: the first call, no kernel compiled before, less a later one", "case", "side", "compiled",
-        "attentions", "graphs", "compile s", "ms a forward",
+        "attentions", "graphs", "processes at a time", "compile s", "ms a forward",
     )  # fmt: skip
     for name, found in by_case(rows).items():
         for mode, sides in found.items():
             for side, row in sides.items():
                 table.add_row(
-                    name, side, mode, str(row["attentions"]), str(row["graphs"]), f"{row['compile_s']:.1f}",
-                    f"{row['ms']:.0f}",
+                    name, side, mode, str(row["attentions"]), str(row["graphs"]), str(row["jobs"]),
+                    f"{row['compile_s']:.1f}", f"{row['ms']:.0f}",
                 )  # fmt: skip
     return table
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,16 +50,17 @@ def tiny(bench):
 @pytest.mark.slow
 def test_runs_without_a_gpu(tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "-P", str(FOLDER / "end_to_end.py"), "--tiny", "--only", "tiny-wan", "--profile"]
+    command = [sys.executable, "-P", str(FOLDER / "end_to_end.py"), "--tiny", "--only", "tiny-wan"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        [*command, "--profile", "--jobs", "2", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300,
+        check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "without a GPU" in done.stdout and "the longest kernels" in done.stdout
     (path,) = tmp_path.glob("end_to_end_tiny-*.json")
     facts = json.loads(path.read_text())
     dense, sparse = facts["rows"]
+    assert dense["jobs"] == sparse["jobs"] == 2 and dense["compile_s"] > 0
     assert (dense["side"], sparse["side"]) == ("dense", "sparse") and dense["ms"] > 0 < sparse["ms"]
     assert sparse["attentions"] == 2 and 0.2 < sparse["density"] < 0.5
     (case,) = facts["cases"]
@@ -137,6 +141,23 @@ def test_every_block_is_compiled_by_itself(bench):
     assert len(seen) == 1
 
 
+def test_compiled_graphs_run_in_turn(bench, tmp_path):
+    """What compiled a graph waits until the GPU is free, and keeps it; waiting is no compile time."""
+    ours, others = (bench.measure.Turn(tmp_path / "turn") for _ in range(2))
+    others.take()
+    made = []
+    thread = threading.Thread(target=lambda: made.append(ours.after(lambda graph, inputs: "made")(None, None)))
+    thread.start()
+    time.sleep(0.2)
+    assert not made
+    others.give()
+    thread.join(10)
+    assert made == ["made"] and ours.waited > 0.1 and others.waited < 0.1
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(others.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    bench.measure.Turn().take()  # alone: nothing to wait for
+
+
 def test_outputs_that_are_not_finite_are_not_timed(bench):
     with pytest.raises(RuntimeError, match="not finite"):
         bench.measure.sampled(torch.tensor([1.0, float("nan")]))
@@ -196,7 +217,7 @@ def test_only_what_is_missing_is_measured(bench):
 
 def test_failures_are_recorded(bench, monkeypatch, tmp_path):
     case, args = bench.measure.TINY[0], bench.end_to_end.arguments(["--tiny"])
-    stopped = bench.end_to_end.run_unit(case, "dense", "whole", args, 0.2)
+    stopped = bench.end_to_end.run_unit((case, "dense", "whole"), args, 0.2)
     assert stopped["error"] == "stopped after 0 s, --limit" and "ms" not in stopped
     script = tmp_path / "crash.py"
     script.write_text(
@@ -204,7 +225,7 @@ def test_failures_are_recorded(bench, monkeypatch, tmp_path):
         "print('a.py:1: UserWarning: slow', file=sys.stderr)\nsys.exit('out of X')"
     )
     monkeypatch.setattr(bench.end_to_end, "SCRIPT", script)
-    crashed = bench.end_to_end.run_unit(case, "sparse", "whole", args, 60)
+    crashed = bench.end_to_end.run_unit((case, "sparse", "whole"), args, 60)
     assert crashed["error"] == "the process ended with status 1: out of X" and crashed["first_s"] == 1
     assert crashed["warnings"] == ["a.py:1: UserWarning: slow"]
     assert (crashed["case"], crashed["side"]) == ("tiny-wan", "sparse") and "failed" in bench.end_to_end.told(crashed)

@@ -110,6 +110,7 @@ CONFIG = VMoBAConfig(min_tokens=0, threshold=0.3, blocks={"1d": (2, None, None),
 
 RUN = """
 import sys, torch
+torch.backends.cudnn.allow_tf32 = False
 folder = sys.argv[1]
 model = torch._inductor.aoti_load_package(folder + "/model.pt2")
 out = model(**torch.load(folder + "/inputs.pt"))[0]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from vmoba_compile import VMoBAConfig
+from vmoba_compile import ExportError, VMoBAConfig
 from vmoba_compile.deploy.program import capture
 from vmoba_compile.deploy.torch_tensorrt import export_torch_tensorrt, load_torch_tensorrt
 from vmoba_compile.zoo import preset
@@ -43,13 +43,18 @@ def test_engines_agree_with_the_rewritten_model(dtype, tmp_path):
     with torch.no_grad():
         wanted = capture(model, (), inputs, config=CONFIG, grid=GRID).program.module()(**inputs).sample
     path = tmp_path / "model.pt2"
-    made = export_torch_tensorrt(model, (), inputs, path, config=CONFIG, grid=GRID, expect=3)
+    try:
+        made = export_torch_tensorrt(model, (), inputs, path, config=CONFIG, grid=GRID, expect=3)
+    except ExportError as error:
+        if dtype == torch.bfloat16 and "give NaN" in str(error) and not path.exists():
+            pytest.xfail(f"the library's engines are wrong in bfloat16, and were refused: {error}")
+        raise
     assert made.engines >= 4
     own = [left for left in made.in_pytorch if left.operator.startswith("vmoba.")]
     assert len(own) == 6 and own[0].module.startswith("blocks.0")
     assert relative(made(**inputs).sample, wanted) < 1e-2
     assert relative(load_torch_tensorrt(path)(**inputs).sample, wanted) < 1e-2
-    if dtype == torch.bfloat16:
+    if dtype == torch.float16:
         torch.save((inputs, wanted), tmp_path / "case.pt")
         command = [sys.executable, "-P", "-W", "ignore", "-c", LOAD, str(path), str(tmp_path / "case.pt")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
