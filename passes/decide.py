@@ -12,10 +12,12 @@ from .evidence import evidence_of
 from .layout import (
     NOTHING,
     Layout,
+    Order,
     Transposed,
     Written,
     around,
     in_packed,
+    in_pieces,
     in_place,
     inside,
     packed_factor,
@@ -26,6 +28,7 @@ from .masks import token_mask
 from .names import name_of
 from .recognise import AttentionCall
 from .report import Reason
+from .shards import comes_from_ranks, is_shard
 from .sizes import Size, add, is_learned, multiply, same, shape_of, size_of, value_of
 from .tokens import (
     ROLES,
@@ -85,6 +88,26 @@ def decide(call: AttentionCall, scope: Scope, tracking: Tracking, grid: tuple[in
     return obstacle or decision
 
 
+def among_shards(scope: Scope, node: fx.Node) -> Decision | None:
+    """Ring attention: the queries are a shard of the video, the keys this rank's too or sent by the others."""
+    given = node.all_input_nodes
+    if not scope.shards or len(given) < 2:
+        return None
+    query, key = (
+        next((axis for axis in scope.axes_of(x) or () if is_shard(axis, scope.shards)), None) for x in given[:2]
+    )
+    if query is None:
+        return None
+    a_piece = not is_mixed(query)  # not one whose place among the ranks is unproven
+    if not comes_from_ranks(given[1], exchanged=a_piece) and not (a_piece and key is not None):
+        return None
+    return Decision(
+        Reason.RING_ATTENTION,
+        f"queries are {describe(query)}, one shard of a sequence, and do not see the whole of it here: boxes are selected "
+        "over the whole sequence, so exchange shards for heads (Ulysses: ulysses_degree, with ring_degree=1)",
+    )
+
+
 def _among_more_keys(layout: Layout, missing: tuple[Size, Size], keys: Size) -> Decision:
     """The video among keys that are more than the queries: the others become queries whose results are not used."""
     more = add(list(missing))
@@ -98,7 +121,7 @@ def _among_more_keys(layout: Layout, missing: tuple[Size, Size], keys: Size) -> 
     return Decision(Reason.REWRITTEN, layout=replace(layout, prefix=prefix, suffix=suffix, missing=missing))
 
 
-def _not_gathered(layout: Layout, order: Written | Transposed, node: fx.Node, scope: Scope) -> Decision | None:
+def _not_gathered(layout: Layout, order: Order, node: fx.Node, scope: Scope) -> Decision | None:
     """What forbids to bring the video tokens into order."""
     sizes = [*layout.grid, layout.prefix, layout.suffix, *layout.missing]
     if isinstance(order, Written):
@@ -108,7 +131,7 @@ def _not_gathered(layout: Layout, order: Written | Transposed, node: fx.Node, sc
             Reason.DYNAMIC_GRID,
             "video tokens that are not in raster order stand among symbolic sizes; use dynamic=False",
         )
-    if isinstance(order, Transposed):
+    if not isinstance(order, Written):
         return None
     if order.index.graph is not node.graph:
         return Decision(
@@ -128,7 +151,7 @@ def _find_video(query: Axes, key: Axes, tracking: Tracking, grid: tuple[int, int
             return Decision(Reason.REWRITTEN, layout=Layout(given, NOTHING, NOTHING, "grid= given, for two readings"))
         told = " and ".join(dict.fromkeys(describe(axis) for axis in readings))
         return Decision(Reason.AMBIGUOUS_GRID, f"readings of the same tokens disagree: {told}; pass grid=")
-    video = in_place(tokens) or in_packed(tokens, given)
+    video = in_place(tokens) or in_packed(tokens, given) or in_pieces(tokens)
     if video is not None:
         evidence = evidence_of(tracking, video.raster.source)
         sizes = video.raster.sizes

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .builder import Builder
-from .layout import Layout, Transposed, Written
+from .layout import Layout, Pieces, Transposed, Written
 from .sizes import multiply, value_of
 
 aten = torch.ops.aten
@@ -32,6 +32,8 @@ def gather(builder: Builder, layout: Layout, key: fx.Node) -> Gathered:
     counting = builder.call(aten.arange.default, int(value.shape[2]), dtype=torch.int64, device=value.device)
     if isinstance(layout.order, Transposed):
         order = _transposed(builder, layout, layout.order, counting)
+    elif isinstance(layout.order, Pieces):
+        order = _joined(builder, layout.order, counting, int(value.shape[2]))
     else:
         assert isinstance(layout.order, Written)
         order = _written(builder, layout, layout.order, counting, int(value.shape[2]))
@@ -47,6 +49,17 @@ def _transposed(builder: Builder, layout: Layout, order: Transposed, counting: f
     run = builder.call(aten.view.default, run, [layout.grid[axis].hint for axis in order.axes])
     run = builder.call(aten.permute.default, run, [order.axes.index(axis) for axis in range(3)])
     return builder.call(aten.cat.default, [before, builder.call(aten.reshape.default, run, [-1]), after])
+
+
+def _joined(builder: Builder, order: Pieces, counting: fx.Node, tokens: int) -> fx.Node:
+    """The video's runs one after another, and behind them all others as they stand."""
+    others, position = [], 0
+    for start, length in sorted(order.runs):
+        others.append((position, start - position))
+        position = start + length
+    runs = [*order.runs, *others, (position, tokens - position)]
+    pieces = [builder.call(aten.slice.Tensor, counting, 0, at, at + length) for at, length in runs if length]
+    return builder.call(aten.cat.default, pieces)
 
 
 def _written(builder: Builder, layout: Layout, order: Written, counting: fx.Node, tokens: int) -> fx.Node:

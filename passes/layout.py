@@ -44,6 +44,16 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """The video tokens are several runs, with others between them: where each begins and its length, in raster order."""
+
+    runs: tuple[tuple[int, int], ...]
+
+
+Order = Written | Transposed | Pieces
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the video tokens lie in the keys' sequence, and how that is known.
 
@@ -55,7 +65,7 @@ class Layout:
     prefix: Size
     suffix: Size
     evidence: str
-    order: Written | Transposed | None = None
+    order: Order | None = None
     missing: tuple[Size, Size] = (NOTHING, NOTHING)
 
 
@@ -66,7 +76,7 @@ class Video:
     raster: Raster
     before: Size
     after: Size
-    order: Written | Transposed | None = None
+    order: Order | None = None
 
 
 def main_grid(rasters: list[Raster]) -> int | None:
@@ -112,6 +122,32 @@ def in_place(tokens: Axis) -> Video | None:
         return None
     place, raster, order = known[best]
     return Video(raster, *around(tokens, place), None if order == _ORDERS[0] else Transposed(order))
+
+
+def in_pieces(tokens: Axis) -> Video | None:
+    """The only grid of a sequence that holds all of it, cut apart: as shards of text and video in turn do."""
+    runs: dict[Segment, list[tuple[int, int, int]]] = {}
+    position = NOTHING
+    for segment in tokens:
+        part = segment[0].part if len(segment) == 1 else None
+        length = segment_size(segment)
+        if part is not None and raster_of(part[0]) and segment[0].origin is not Origin.TABLE:
+            if not (position.static and part[1].static and length.static):
+                return None
+            runs.setdefault(part[0], []).append((part[1].hint, position.hint, length.hint))
+        elif claims((segment,)):
+            return None
+        position = add([position, length])
+    if len(runs) != 1 or not position.static:
+        return None
+    ((whole, found),) = runs.items()
+    found.sort()
+    raster, size = raster_of(whole), segment_size(whole)
+    ends = [0, *(start + length for start, _, length in found)]
+    if raster is None or [start for start, *_ in found] != ends[:-1] or not size.static or ends[-1] != size.hint:
+        return None
+    order = Pieces(tuple((at, length) for _, at, length in found))
+    return Video(raster, NOTHING, subtract(position, size), order)
 
 
 def packed_factor(tokens: Axis) -> tuple[Factor, Size] | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .sizes import Lengths, Size, replaced, shape_of
-from .tokens import Axes, unknowns
+from .tokens import Axes, Axis, unknowns
 
 Result = Axes | list[Axes]
+# What a piece of a sequence was cut from, by the piece, the number of equal pieces and its place; None: of several.
+Shards = dict[tuple[Axis, int, int], Axis | None]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Op:
     axes_of: Callable[[fx.Node], Axes | None]
     scope: str = ""
     lengths: Lengths = field(default_factory=dict)
+    shards: Shards = field(default_factory=dict)
 
     @property
     def label(self) -> str:

@@ -107,10 +107,11 @@ def module_path(node: fx.Node) -> str:
 def plain_path(spelled: str) -> str:
     """A module path without Dynamo's spelling of it.
 
-    ``L['self']._modules['blocks'][0].attn1`` and hooks' ``…forward.__closure__[0].cell_contents…`` give
-    ``blocks.0.attn1``.
+    ``L['self']._modules['blocks'][0].attn1`` and hooks' ``…forward.__closure__[0].cell_contents…`` and
+    ``…forward.func…forward.__self__…`` give ``blocks.0.attn1``.
     """
-    spelled = re.sub(r"(\.forward)?\.__closure__\[\d+\]\.cell_contents(\.__self__)?", "", spelled)
+    hook = r"(\.forward)?(\.func)?\.__closure__\[\d+\]\.cell_contents(\.forward)?(\.__self__)?"
+    spelled = re.sub(rf"{hook}|\.forward\.__self__", "", spelled)
     parts = re.findall(r"\[['\"]?([^'\"\]]+)['\"]?\]|([A-Za-z_0-9]+)", spelled)
     names = [quoted or bare for quoted, bare in parts]
     if names and names[0] in ("L", "G"):  # a frame's local or global variable, and the variable's name

@@ -35,6 +35,7 @@ class Reason(str, Enum):
     SHARED_SUBGRAPH = "shared_subgraph"
     CONTROL_FLOW = "control_flow"
     NOT_COMPILED = "not_compiled"
+    RING_ATTENTION = "ring_attention"
 
     @property
     def intended(self) -> bool:

@@ -13,7 +13,7 @@ from ..kernels.partition import TILE_OF
 from .builder import Builder
 from .calls import SDPA, read_call
 from .canonical import Spelled, spell
-from .decide import Decision, decide
+from .decide import Decision, among_shards, decide
 from .evidence import Evidence, Handed, given, hand_over
 from .handwritten import read
 from .landmarks import Landmarks, is_landmark
@@ -124,6 +124,8 @@ class _Found:
 
 def _plan(scope: Scope, node: fx.Node, tracking: Tracking, grid: Triple | None, trusts_masks: bool) -> _Found:
     """Read the attention and prove it; a spelling of its own stays in the graph only where it will be used."""
+    if (local := among_shards(scope, node)) is not None:
+        return _Found(scope, node, local)
     try:
         call, spelled = _read(scope, node, trusts_masks)
     except Unread as unread:

@@ -16,6 +16,8 @@ from torch import fx
 from .indexing import SLICES, index_write, indexed, number, sliced
 from .op import Op, Result
 from .products import permutation_of, product_of
+from .reshaping import reshape
+from .shards import RULES as COLLECTIVES
 from .sizes import ONE, Size, add, same, size_of, value_of
 from .tokens import (
     ROLES,
@@ -35,7 +37,6 @@ from .tokens import (
     mixed,
     ordered,
     pick,
-    reshape,
     unknown,
     unpicked,
 )
@@ -342,7 +343,7 @@ _KEEP = [
     "rms_norm", "native_layer_norm", "softmax", "_softmax", "_safe_softmax", "log_softmax", "normalize",
     "masked_fill", "cumsum",
     "cpu", "cuda", "nan_to_num", "_to_copy", "dropout_", "cumprod", "batch_norm", "group_norm", "instance_norm",
-    "masked_fill_", "fill_", "zero_", "vmoba::landmark",
+    "masked_fill_", "fill_", "zero_", "vmoba::landmark", "_c10d_functional::wait_tensor",
 ]  # fmt: skip
 _REDUCE = ["sum", "mean", "amax", "amin", "prod", "norm", "var", "std", "logsumexp", "any", "all", "linalg_vector_norm"]
 _NORMS = ("norm", "linalg_vector_norm")
@@ -376,6 +377,7 @@ RULES: Mapping[str, Callable[[Op], Result]] = MappingProxyType(
         **dict.fromkeys(("movedim", "moveaxis"), movedim),
         **dict.fromkeys(("index_copy", "index_put"), written_by_index),
         **dict.fromkeys(("scatter_add", "index_add"), added_by_index),
+        **COLLECTIVES,
         "index": indexed,
         "permute": permute,
         "linear": linear,

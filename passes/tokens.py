@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from .sizes import ONE, Size, add, multiply, quotient, same, size_of, subtract
+from .sizes import ONE, Size, add, multiply, same, subtract
 
 
 class Origin(IntEnum):
@@ -60,6 +60,8 @@ class Factor:
     picked: tuple[str, ...] = ()  # the one position of other dimensions at which these were taken, as x[:, 0] does
     writes: tuple[Write, ...] = ()  # what a packed sequence is made of
     readings: tuple[Axis, ...] = ()  # of mixed tokens: two readings of their grid that disagree
+    # What this stands for where it follows the factor of that source, or, without a source, where it is alone.
+    bundle: tuple[str, Axis] | None = None
 
     def __str__(self) -> str:
         if self.role == MIXED:
@@ -374,102 +376,6 @@ def _part(segment: Segment, start: Size, length: Size, source: str) -> Segment:
     # The same positions of the same tokens are the same, wherever they were cut.
     label = f"{whole[0].source if whole else source} cut"
     return (Factor(length, None, label, segment[0].origin if segment else Origin.OPERATOR, (whole, start)),)
-
-
-def reshape(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
-    """The axes after a row-major reshape to ``sizes``: factors are merged and split with the dimensions they lie in."""
-    result: list[Axis] = []
-    i = j = 0
-    while j < len(sizes):
-        if i == len(axes):  # only ones can be left
-            result.append(unknown(sizes[j], f"{source}[{j}]"))
-            j += 1
-            continue
-        first_in, first_out = i, j
-        have, want = axis_size(axes[i]), sizes[j]
-        i, j = i + 1, j + 1
-        while not same(have, want):
-            if have.hint < want.hint and i < len(axes):
-                have = multiply([have, axis_size(axes[i])])
-                i += 1
-            elif have.hint > want.hint and j < len(sizes):
-                want = multiply([want, sizes[j]])
-                j += 1
-            else:  # not provably the same elements
-                return (*result, *_lost(axes[first_in:], sizes[len(result) :], f"{source}[{first_out}]"))
-        while i < len(axes) and _trailing(axes[first_in:i], axes[i]) and (j == len(sizes) or sizes[j] != ONE):
-            i += 1
-        result.extend(_regroup(axes[first_in:i], sizes[first_out:j], f"{source}[{first_out}]"))
-    return tuple(result)
-
-
-def _lost(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
-    """The axes of a reshape whose dimensions cut through what is known."""
-    return tuple(mixed(axes, size, f"{source}.{dim}") for dim, size in enumerate(sizes))
-
-
-def _trailing(group: Axes, axis: Axis) -> bool:
-    """True for rows or columns of a grid of which there is only one: they stay beside the rest of it."""
-    return claims(axis) and axis_size(axis) == ONE and any(claims(other) for other in group)
-
-
-def _regroup(axes: Axes, sizes: Sequence[Size], source: str) -> Axes:
-    """One group of a reshape: the same elements, seen through other dimensions."""
-    solid = [axis for axis in axes if axis_size(axis) != ONE]
-    wide = [dim for dim, size in enumerate(sizes) if size != ONE]
-    if len(solid) == 1 and len(wide) == 1 and len(solid[0]) > 1:
-        return tuple(solid[0] if dim == wide[0] else UNIT for dim in range(len(sizes)))
-    if any(len(axis) > 1 for axis in axes):
-        return _lost(axes, sizes, source)
-    queue = [factor for axis in axes for factor in axis[0]]
-    result: list[Axis] = []
-    for dim, size in enumerate(sizes):
-        taken: list[Factor] = []
-        product = ONE
-        while queue and (product.hint < size.hint or (queue[0].size == ONE and not taken)):
-            factor = queue.pop(0)
-            whole = multiply([product, factor.size])
-            if whole.hint <= size.hint:
-                taken.append(factor)
-                product = whole
-                continue
-            pieces = _split(factor, product, size)
-            if pieces is None:
-                return _lost(axes, sizes, source)
-            taken.append(pieces[0])
-            queue.insert(0, pieces[1])
-            product = size
-        if dim == len(sizes) - 1:
-            taken.extend(queue)  # trailing factors of size one
-        if not same(segment_size(tuple(taken)), size):
-            return _lost(axes, sizes, source)
-        result.append((tuple(taken),))
-    return tuple(result)
-
-
-def _split(factor: Factor, product: Size, size: Size) -> tuple[Factor, Factor] | None:
-    """Split a factor so that ``product`` times its first piece is ``size``. Only factors that carry no claim can be."""
-    if (
-        factor.role is not None
-        or factor.part is not None
-        or factor.writes
-        or not product.hint
-        or size.hint % product.hint
-    ):
-        return None
-    outer = size.hint // product.hint
-    if not outer or factor.size.hint % outer:
-        return None
-    if factor.size.static and size.static and product.static:
-        first, second = size_of(outer), size_of(factor.size.hint // outer)
-    else:
-        first = quotient(size, product)
-        second = quotient(factor.size, first)
-    # The sizes are part of the names: the outer three of twelve and the inner three are not the same positions.
-    return (
-        replace(factor, size=first, source=f"{factor.source}/{first}", folded=None),
-        replace(factor, size=second, source=f"{factor.source}%{second}", place=None),
-    )
 
 
 @dataclass(frozen=True)

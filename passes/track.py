@@ -18,8 +18,9 @@ from torch import fx
 from .effects import mutates
 from .indexing import SLICES, IndexMap, index_map, index_write, number, slice_axis, slicing
 from .names import is_elementwise, name_of
-from .op import Op, Result
+from .op import Op, Result, Shards
 from .rules import RULES, elementwise
+from .shards import note_shards
 from .sizes import ONE, Lengths, Size, memory_of, same, shape_of, value_of
 from .tokens import (
     ROLES,
@@ -55,10 +56,11 @@ class Scope:
     label: str = ""  # precedes the names of its nodes, which other graphs use again
     sharing: dict[int, list[fx.Node]] = field(default_factory=dict)  # nodes by the memory that they lie in
     lengths: Lengths = field(default_factory=dict)  # of the whole model
+    shards: Shards = field(default_factory=dict)  # of the whole model
     writers: list[fx.Node] = field(default_factory=list)  # nodes that write to a tensor, in order
 
     def op(self, node: fx.Node) -> Op:
-        return Op(node, name_of(node), self.axes_of, self.label, self.lengths)
+        return Op(node, name_of(node), self.axes_of, self.label, self.lengths, self.shards)
 
     def axes_of(self, node: fx.Node) -> Axes | None:
         found = self.types.get(node)
@@ -211,7 +213,7 @@ def _enter(
         tracking.unentered.extend((scope, node, inner) for _, inner in graphs)
         return
     inner = Scope(graph, call=node, calls=scope.calls * calls[id(graph)], label=f"{scope.label}{node.name}/")
-    inner.lengths = scope.lengths
+    inner.lengths, inner.shards = scope.lengths, scope.shards
     types = {
         index: scope.types[arg]
         for index, arg in enumerate(arguments)
@@ -267,6 +269,7 @@ def _type(scope: Scope, node: fx.Node) -> None:
     if isinstance(result, tuple):
         result = _fitting(op, result)
     scope.types[node] = result
+    note_shards(op, result)
 
 
 def type_nodes(scope: Scope, nodes: Iterable[fx.Node]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 
 from .backend import Inner
+from .context_parallel import traceable
 from .passes import InputError, RewriteError
 
 
@@ -36,7 +37,7 @@ def whole_graphs() -> Any:
 def plainly(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Around a call of compiled code: what fails in the rewrite, or in the model itself, is raised as that."""
     try:
-        with whole_graphs():
+        with whole_graphs(), traceable(model):
             yield
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RewriteError):

@@ -10,6 +10,7 @@ import torch
 from graphs import Tape, getitem
 from torch.utils._sympy.functions import FloorDiv
 from vmoba_compile.passes import tokens as T
+from vmoba_compile.passes.reshaping import reshape
 from vmoba_compile.passes.sizes import Size, add, multiply, same, size_of
 
 S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
@@ -24,7 +25,7 @@ def grid_axes(frames=2, rows=3, columns=4, source="conv"):
 
 
 def raster(source="conv"):
-    return T.reshape(grid_axes(source=source), [size(24)], "flatten")[0]
+    return reshape(grid_axes(source=source), [size(24)], "flatten")[0]
 
 
 def text(n=5, source="text"):
@@ -36,23 +37,23 @@ def test_flattened_grid_is_a_raster():
 
 
 def test_reshape_there_and_back():
-    assert T.reshape((raster(),), [size(2), size(3), size(4)], "view") == grid_axes()
-    assert T.reshape((raster(),), [size(2), size(12)], "view") == (
+    assert reshape((raster(),), [size(2), size(3), size(4)], "view") == grid_axes()
+    assert reshape((raster(),), [size(2), size(12)], "view") == (
         grid_axes()[0],
-        T.reshape(grid_axes()[1:], [size(12)], "")[0],
+        reshape(grid_axes()[1:], [size(12)], "")[0],
     )
 
 
 @pytest.mark.parametrize("sizes", [(3, 2, 4), (4, 6), (12, 2), (8, 3), (2, 2, 6)])
 def test_reshape_through_a_grid_is_mixed(sizes):
-    axes = T.reshape((raster(),), [size(n) for n in sizes], "view")
+    axes = reshape((raster(),), [size(n) for n in sizes], "view")
     assert any(T.is_mixed(axis) for axis in axes) or sizes == (2, 2, 6)
-    assert T.raster_of(T.reshape(axes, [size(24)], "back")[0][0]) is None
+    assert T.raster_of(reshape(axes, [size(24)], "back")[0][0]) is None
 
 
 def test_single_rows_and_columns_stay_with_their_grid():
     axes = (text(7, "channels"), *grid_axes(4, 1, 1))
-    tokens = T.reshape(axes, [size(7), size(4)], "flatten")[1]
+    tokens = reshape(axes, [size(7), size(4)], "flatten")[1]
     assert T.raster_of(tokens[0]).sizes == (size(4), size(1), size(1))
 
 
@@ -79,8 +80,8 @@ def test_join_prefers_what_is_known():
 def test_join_of_contradictions_is_mixed():
     frame, row, column = grid_axes(3, 3, 3)
     assert T.is_mixed(T.join(frame, row, "add"))
-    other = T.reshape((column, row, frame), [size(27)], "flatten")[0]
-    assert T.is_mixed(T.join(T.reshape((frame, row, column), [size(27)], "f")[0], other, "add"))
+    other = reshape((column, row, frame), [size(27)], "flatten")[0]
+    assert T.is_mixed(T.join(reshape((frame, row, column), [size(27)], "f")[0], other, "add"))
 
 
 def test_join_of_two_videos_keeps_the_first():
@@ -89,8 +90,8 @@ def test_join_of_two_videos_keeps_the_first():
 
 def test_pieces_of_one_axis_are_told_apart():
     whole = text(24)
-    outer = T.reshape((whole,), [size(2), size(3), size(4)], "view")[1]
-    inner = T.reshape((whole,), [size(4), size(3), size(2)], "view")[1]
+    outer = reshape((whole,), [size(2), size(3), size(4)], "view")[1]
+    inner = reshape((whole,), [size(4), size(3), size(2)], "view")[1]
     assert outer != inner
 
 

@@ -1,0 +1,68 @@
+"""Ulysses on two and four gloo processes: what one process computes, at the same sites, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+
+import processes
+import pytest
+import torch
+import ulysses_cases
+from training import assert_same
+
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
+def ranks(request, tmp_path_factory):
+    """All cases on one group of processes, whose start takes longer than most of them."""
+    return processes.run(ulysses_cases.on_rank, request.param, tmp_path_factory.mktemp("group"), seconds=240)
+
+
+@functools.cache
+def alone(case: str):
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+    return ulysses_cases.CASES[case](False)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("case", ["wan", "wan_optimized_first", "video", "text_and_video"])
+def test_outputs_equal_one_process(ranks, case):
+    wanted = alone(case)
+    for found in ranks:
+        assert relative(found[case]["sparse"], wanted["sparse"]) < TOLERANCE
+        if "dense" in wanted:
+            assert relative(found[case]["dense"], wanted["dense"]) < TOLERANCE
+
+
+def test_the_selection_matters():
+    wanted = alone("wan")
+    assert relative(wanted["dense"], wanted["sparse"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ulysses_cases.CASES)
+def test_sites_are_those_of_one_process(ranks, case):
+    """Module, verdict, layer, grid, block and conditions; only the heads are fewer."""
+    for found in ranks:
+        assert found[case]["sites"] == alone(case)["sites"]
+        assert any(verdict == "rewritten" for _, verdict, *_ in found[case]["sites"])
+
+
+@pytest.mark.parametrize("case", ["wan_training", "text_and_video_training"])
+def test_gradients_equal_one_process(ranks, case):
+    """Each rank has the gradients of its tokens: their sum is that of all."""
+    total = {
+        name: sum(found[case]["gradients"][name] for found in ranks) for name in ranks[0][case]["gradients"]
+    }  # fmt: skip
+    assert_same(total, alone(case)["gradients"], TOLERANCE)
+
+
+def test_a_rank_that_fails_ends_all(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)process 1.*1 heads cannot be shared out to 2 ranks"):
+        processes.run(ulysses_cases.failing, 2, tmp_path, seconds=60)
