@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import fx
 
@@ -25,14 +26,27 @@ from .tokens import (
 from .track import Given, Scope, Tracking
 
 
+class Shard(NamedTuple):
+    """``piece`` is one of ``count`` equal pieces of ``whole``, the ``index``-th."""
+
+    piece: Axis
+    count: int
+    index: int
+    whole: Axis
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """The token types of one returned tensor. ``graph`` tells graphs apart; ``told`` names the source of each grid."""
+    """The token types of one returned tensor. ``graph`` tells graphs apart; ``told`` names the source of each grid.
+
+    ``shards`` says what the tensor's axes, or runs of tokens in them, were cut from.
+    """
 
     axes: Axes
     graph: int
     told: tuple[tuple[str, str], ...]
     where: str = "before a graph break"
+    shards: tuple[Shard, ...] = ()
 
     def fits(self, shape: Sequence[int]) -> bool:
         """True for a tensor of this shape."""
@@ -80,7 +94,16 @@ def evidence_at(scope: Scope, node: fx.Node, tracking: Tracking, graph: int = 0)
         for axis, other in zip(axes, others, strict=True)
     )
     sources = dict.fromkeys(factor.source for axis in kept for factor in _all_factors(axis) if factor.role)
-    return Evidence(kept, graph, tuple((source, evidence_of(tracking, source)) for source in sources))
+    told = tuple((source, evidence_of(tracking, source)) for source in sources)
+    return Evidence(kept, graph, told, shards=tuple(_shards(kept, scope)))
+
+
+def _shards(axes: Axes, scope: Scope) -> Iterator[Shard]:
+    """What is remembered of these axes as pieces, and holds in other graphs."""
+    pieces = {piece for axis in axes if claims(axis) for piece in (axis, *((segment,) for segment in axis))}
+    for (piece, count, index), whole in scope.shards.items():
+        if piece in pieces and whole is not None and all(map(_lasting, _all_factors(whole))):
+            yield Shard(piece, count, index, whole)
 
 
 def _lasting(factor: Factor) -> bool:
@@ -109,17 +132,7 @@ def canonical(known: Mapping[str, Evidence]) -> dict[str, Evidence]:
 
     kept = {source for evidence in known.values() for source, _ in evidence.told} | {_EARLIER}
     return {
-        argument: replace(
-            evidence,
-            where="in the whole model",
-            axes=tuple(
-                tuple(
-                    tuple(_renamed(factor, lambda x: x if x in kept else rename(x)) for factor in segment)
-                    for segment in axis
-                )
-                for axis in evidence.axes
-            ),
-        )
+        argument: _renamed(replace(evidence, where="in the whole model"), lambda x: x if x in kept else rename(x))
         for argument, evidence in known.items()
     }
 
@@ -133,23 +146,31 @@ def given(module: fx.GraphModule, handed: Handed) -> Given:
             continue
         prefix = f"graph {evidence.graph}: "
         sizes = shape_of(node) or []
+        evidence = _renamed(evidence, prefix.__add__)
         known = tuple(
             ((replace(axis[0][0], size=size),),) if is_mixed(axis) else axis
             for axis, size in zip(evidence.axes, sizes, strict=False)
         )
         if len(sizes) != len(known) or not all(map(same, map(axis_size, known), sizes)):
             continue
-        found.axes[index] = tuple(
-            tuple(tuple(_renamed(factor, prefix.__add__) for factor in segment) for segment in axis) for axis in known
-        )
+        found.axes[index] = known
         found.told |= {prefix + source: f"{text}, {evidence.where}" for source, text in evidence.told}
+        found.shards |= {(piece, count, place): whole for piece, count, place, whole in evidence.shards}
     return found
 
 
-def _renamed(factor: Factor, name: Callable[[str], str]) -> Factor:
+def _renamed(evidence: Evidence, name: Callable[[str], str]) -> Evidence:
+    def axis(given: Axis) -> Axis:
+        return tuple(tuple(_renamed_factor(factor, name) for factor in segment) for segment in given)
+
+    shards = tuple(shard._replace(piece=axis(shard.piece), whole=axis(shard.whole)) for shard in evidence.shards)
+    return replace(evidence, axes=tuple(map(axis, evidence.axes)), shards=shards)
+
+
+def _renamed_factor(factor: Factor, name: Callable[[str], str]) -> Factor:
     part = factor.part
     if part is not None:
-        part = (tuple(_renamed(inner, name) for inner in part[0]), part[1])
+        part = (tuple(_renamed_factor(inner, name) for inner in part[0]), part[1])
     folded = None if factor.folded is None else name(factor.folded)
     place = factor.place and factor.place._replace(tensor=name(factor.place.tensor))
     picked = tuple(map(name, factor.picked))

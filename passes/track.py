@@ -73,6 +73,7 @@ class Given:
 
     axes: dict[int, Axes] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)
+    shards: Shards = field(default_factory=dict)
 
 
 @dataclass
@@ -88,12 +89,13 @@ class Tracking:
 
 def track(module: fx.GraphModule, wanted: Callable[[fx.Node], bool], given: Given | None = None) -> Tracking:
     """Types for the whole graph; ``wanted`` picks the nodes that are listed in ``order``."""
-    tracking = Tracking(Scope(module), given or Given())
+    given = given or Given()
+    tracking = Tracking(Scope(module, shards=dict(given.shards)), given)
     _walk(tracking.top, tracking.given.axes, tracking, wanted)
     found = _unpatched_inputs(tracking.top)
     if found:  # what happens to the tokens at the end tells what they are from the beginning
         inputs = tracking.given.axes | {place: axes for place, (axes, _) in found.items()}
-        tracking = Tracking(Scope(module), tracking.given)
+        tracking = Tracking(Scope(module, shards=dict(given.shards)), given)
         tracking.grids |= {source: node for _, grids in found.values() for source, node in grids.items()}
         _walk(tracking.top, inputs, tracking, wanted)
     return tracking

@@ -48,10 +48,41 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 
 def _look_up_arguments(model: nn.Module) -> None:
-    for module in model.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        for hook in hooks.values():
+    for registry in _registries(model):
+        for hook in registry.hooks.values():
             metadata = getattr(hook, "module_forward_metadata", None)
             if getattr(metadata, "cached_parameter_indices", ()) is None:
                 names = list(inspect.signature(metadata._cls.forward).parameters)[1:]
                 metadata._get_parameter_from_args_kwargs(names[0], [None] * len(names), {})
+
+
+def _registries(model: nn.Module) -> Iterator[Any]:
+    """diffusers' hooks on the modules of a model."""
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        if getattr(registry, "hooks", None):
+            yield registry
+
+
+def not_copied(model: nn.Module) -> Iterator[Any]:
+    """What a copy of the model has in common with it: groups of processes cannot be copied."""
+    for module in model.modules():
+        for holder in (module, getattr(module, "processor", None)):
+            yield getattr(holder, "_parallel_config", None)
+    for registry in _registries(model):
+        for hook in registry.hooks.values():
+            yield getattr(hook, "parallel_config", None)
+
+
+def hook_again(twin: nn.Module) -> None:
+    """Hooks of a copied model as its own: copied functions still call the modules of the model that was copied."""
+    for registry in _registries(twin):
+        hooks = [(name, registry.hooks[name]) for name in registry._hook_order]
+        first = registry._fn_refs[0]
+        module = registry._module_ref
+        module.forward = first.original_forward or first.forward
+        for known in (registry.hooks, registry._hook_order, registry._fn_refs):
+            known.clear()
+        for name, hook in hooks:
+            registry.register_hook(hook, name)
+    _look_up_arguments(twin)

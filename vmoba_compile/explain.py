@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .backend import Rewriter, check_grid
 from .compiling import compile_with, plainly
 from .config import VMoBAConfig, as_config
+from .context_parallel import hook_again, not_copied
 from .handover import Handover
 from .kernels.partition import Triple
 from .passes import Report, RewriteError
@@ -66,7 +67,9 @@ def dry_run(
         return fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
     try:
-        twin = copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
+        shared = {id(x): x for x in not_copied(model) if x is not None}
+        twin = copy.deepcopy(model, shared | {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
+        hook_again(twin)
     except Exception as error:
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RewriteError(f"{type(model).__name__} cannot be copied for a dry run ({cause}); {remedy}") from error

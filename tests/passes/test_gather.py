@@ -6,6 +6,8 @@ attention over tokens that the test itself puts in order.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from graphs import (
@@ -87,6 +89,29 @@ def test_axes_in_another_order(dims, text):
         places = torch.cat([places + 2, torch.tensor([0, 1, *range(62, 67)])])
     site = check(model, inputs, lambda site: sparse(*model.split(model.tokens(*inputs)), site, places))
     assert (site.prefix, site.suffix) == ((2, 5) if text else (0, 0))
+
+
+@pytest.mark.parametrize("cuts", [(30,), (7, 22, 51)], ids=["halves", "uneven"])
+@pytest.mark.parametrize("text", [0, 7])
+def test_video_cut_into_pieces(cuts, text):
+    """Pieces of the video in another order, text between them: as shards of text and video stand after an exchange."""
+    ends = (0, *cuts, TOKENS)
+
+    class Model(VideoAttention):
+        def tokens(self, x, words):
+            x = raster_tokens(self.patch(x))
+            pieces = [x[:, first:last] for first, last in pairwise(ends)][::-1]
+            return torch.cat([pieces[0], words, *pieces[1:]] if text else pieces, 1)
+
+        def forward(self, x, words):
+            return dense(*self.split(self.tokens(x, words)))
+
+    model, inputs = Model(), (video(*GRID), torch.randn(2, 7, 16))
+    pieces = [torch.arange(first, last) for first, last in pairwise(ends)][::-1]
+    words = torch.arange(TOKENS, TOKENS + text)
+    stands = torch.cat([pieces[0], words, *pieces[1:]])  # which token stands at each place
+    site = check(model, inputs, lambda site: sparse(*model.split(model.tokens(*inputs)), site, stands.argsort()))
+    assert (site.prefix, site.suffix) == (0, text)
 
 
 class Packed(VideoAttention):

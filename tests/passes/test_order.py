@@ -87,7 +87,11 @@ REORDERED = {
     "restacked frames": lambda x: raster_tokens(torch.stack(x.unbind(2)[::-1], 2)),
     "roll": lambda x: raster_tokens(x).roll(3, 1),
     "shifted window": lambda x: raster_tokens(x.roll((1, 1), (3, 4))),
-    "halves swapped": lambda x: torch.cat(raster_tokens(x).chunk(2, dim=1)[::-1], 1),
+    "a half twice": lambda x: torch.cat([raster_tokens(x).chunk(2, dim=1)[1]] * 2, 1),
+    "halves of two grids": lambda x: torch.cat(
+        [*raster_tokens(x).chunk(2, dim=1)[:1], raster_tokens(x.flip(2))[:, 12:]], 1
+    ),
+    "most of it": lambda x: torch.cat([raster_tokens(x)[:, 14:], raster_tokens(x)[:, :12]], 1),
     "tokens paired": lambda x: raster_tokens(x).unflatten(1, (12, 2)).transpose(1, 2).flatten(1, 2),
     "written in place": written_in_place,
     "written through a view": written_through_view,

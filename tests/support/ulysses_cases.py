@@ -67,11 +67,11 @@ def hand_written(text: bool, by: str, ranks: bool) -> tuple[nn.Module, dict[str,
     return Sharded("chunk", by, ranks), given
 
 
-def wan_case(run: Callable[..., dict[str, Any]], ranks: bool) -> dict[str, Any]:
+def wan_case(run: Callable[..., dict[str, Any]], ranks: bool, **options: Any) -> dict[str, Any]:
     model, given = wan()
     if ranks:
         parallel(model, ulysses_degree=dist.get_world_size())
-    return run(model, given, expect=LAYERS)
+    return run(model, given, expect=LAYERS, **options)
 
 
 def optimized_first(ranks: bool) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def optimized_first(ranks: bool) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "wan": lambda ranks: wan_case(inference, ranks),
+    "wan_regional": lambda ranks: wan_case(inference, ranks, regional=True),
     "wan_training": lambda ranks: wan_case(training, ranks),
     "wan_optimized_first": optimized_first,
     "video": lambda ranks: inference(*hand_written(False, "heads_first", ranks), expect=2),
@@ -94,12 +95,12 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def on_rank(rank: int) -> dict[str, dict[str, Any]]:
-    """All cases, on this rank of a group."""
+def on_rank(rank: int, names: list[str]) -> dict[str, dict[str, Any]]:
+    """These cases, on this rank of a group."""
     found = {}
-    for name, case in CASES.items():
+    for name in names:
         torch._dynamo.reset()
-        found[name] = case(True)
+        found[name] = CASES[name](True)
     return found
 
 
