@@ -27,11 +27,11 @@ from .track import Given, Scope, Tracking
 
 
 class Shard(NamedTuple):
-    """``piece`` is one of ``count`` equal pieces of ``whole``, the ``index``-th."""
+    """``piece`` is the ``place``-th of ``pieces`` equal pieces of ``whole``."""
 
     piece: Axis
-    count: int
-    index: int
+    pieces: int
+    place: int
     whole: Axis
 
 

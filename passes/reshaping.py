@@ -36,10 +36,10 @@ def bundled(axis: Axis) -> Axis:
 
 def unbundled(axis: Axis) -> Axis:
     """What a bundle stands for, where its factors stand together."""
-    if len(axis) != 1 or not axis[0] or axis[0][-1].bundle is None:
+    bundle = axis[0][-1].bundle if len(axis) == 1 and axis[0] else None
+    if bundle is None:
         return axis
-    *before, last = axis[0]
-    source, whole = last.bundle
+    before, (source, whole) = axis[0][:-1], bundle
     return whole if [factor.source for factor in before] == ([source] if source else []) else axis
 
 

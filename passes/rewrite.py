@@ -23,10 +23,12 @@ from .reading import Unread
 from .recognise import MODULES, AttentionCall, attention_call, module_path, source_line, spelling
 from .replace import numbers, replace_attention
 from .report import Layers, Reason, Report, Site, SiteKey, site_keys
+from .shards import has_some_heads
 from .sizes import Size, shape_of, value_of
 from .track import Scope, Tracking, track
 
 Triple = tuple[int, int, int]
+OVER_HEADS = ("overall", "block")  # pools whose selection of one head depends on the others
 
 
 class Policy(Protocol):
@@ -196,6 +198,15 @@ def _apply(
         return Site(
             reason=Reason.TOO_FEW_TOKENS,
             detail=f"{tokens} tokens are fewer than {config.least_tokens_named(*where)}",
+            **facts,
+        )
+    if config.pool in OVER_HEADS and any(
+        has_some_heads(axis, found.scope.shards) for axis in found.scope.axes_of(call.query) or ()
+    ):
+        return Site(
+            reason=Reason.LAYOUT,
+            detail=f'pool="{config.pool}" selects over all heads together, of which this process has some; use "head_global"'
+            ' or "query_head"',
             **facts,
         )
     layer = layers.number(key)

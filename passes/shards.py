@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Sequence
+from typing import Any
 
 from torch import distributed, fx
 
@@ -144,7 +145,13 @@ def _stands_for(axis: Axis, count: int, rank: int, source: str, shards: Shards) 
     whole = whole_of(axis, count, rank, shards)
     if whole is None:
         return Factor(axis_size(axis), MIXED, UNPROVEN)
+    shards[whole, 1, 0] = whole
     return Factor(axis_size(axis), MIXED, f"{source}' shards", bundle=(source, whole))
+
+
+def has_some_heads(tokens: Axis, shards: Shards) -> bool:
+    """True where the sequence was put together from those of several ranks, which share out the heads instead."""
+    return (tokens, 1, 0) in shards
 
 
 def _lost(op: Op) -> Axes:
@@ -160,10 +167,11 @@ def group_of(op: Op, place: int) -> tuple[int, int] | None:
     name = op.arg(place, "group_name", "group")
     if not isinstance(name, str):
         return None
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
+    resolve: Any = distributed_c10d._resolve_process_group
     try:
-        group = _resolve_process_group(name)
+        group = resolve(name)
     except (RuntimeError, ValueError):
         return None
     return group.size(), group.rank()

@@ -50,7 +50,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
 def _look_up_arguments(model: nn.Module) -> None:
     for registry in _registries(model):
         for hook in registry.hooks.values():
-            metadata = getattr(hook, "module_forward_metadata", None)
+            metadata: Any = getattr(hook, "module_forward_metadata", None)
             if getattr(metadata, "cached_parameter_indices", ()) is None:
                 names = list(inspect.signature(metadata._cls.forward).parameters)[1:]
                 metadata._get_parameter_from_args_kwargs(names[0], [None] * len(names), {})

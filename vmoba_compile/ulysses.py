@@ -19,14 +19,14 @@ class Ulysses:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of this rank's shards [batch, tokens / ranks, heads, head_dim] over the tokens of all ranks."""
-        *options, forward_op, _, parallel = options
+        *shared, forward_op, _, parallel = options
         group = parallel.context_parallel_config._ulysses_mesh.get_group()
         local = key.shape[1]
         query, key, value = (to_heads(x, group) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape[-1] == local:
             attn_mask = collectives.wait_tensor(collectives.all_gather_tensor(attn_mask, attn_mask.ndim - 1, group))
         found = forward_op(
-            None, query, key, value, attn_mask, *options, _save_ctx=False, _parallel_config=parallel
+            None, query, key, value, attn_mask, *shared, _save_ctx=False, _parallel_config=parallel
         )  # fmt: skip
         if not isinstance(found, tuple):
             return to_tokens(found, group)

@@ -9,6 +9,8 @@ from sharded_models import GRID, Sharded, inputs
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from vmoba_compile import VMoBAConfig
+
 
 @pytest.fixture(params=[(0, 2), (1, 2), (2, 4)], ids=["rank_0_of_2", "rank_1_of_2", "rank_2_of_4"])
 def rank(request):
@@ -43,6 +45,17 @@ def test_text_and_video_in_shards_of_their_own(rank):
     report = sites("chunk", "to_heads", text=True)
     assert verdicts(report) == ["rewritten"] * 2
     assert {(site.grid, site.prefix, site.suffix) for site in report} == {(GRID, 0, 16)}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["video", "text_and_video"])
+@pytest.mark.parametrize("pool", ["overall", "block", "head_global", "query_head"])
+def test_pools_over_all_heads_stay_dense(rank, pool, text):
+    """This rank has some of the heads: it would select otherwise than one that has all."""
+    with torch.no_grad():
+        capture, _ = compiled(Sharded(), *inputs(text), config=VMoBAConfig(pool=pool, min_tokens=0))
+    assert set(verdicts(capture.report)) == {"layout" if pool in ("overall", "block") else "rewritten"}
+    if pool == "overall":
+        assert 'use "head_global"' in capture.report.sites[0].detail
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["video", "text_and_video"])
