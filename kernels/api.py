@@ -29,16 +29,25 @@ class Selection:
     tile: int = 0
 
     def mask(self) -> Tensor:
-        """Bool [B, H, N, C]: True where the query attends to the box."""
-        return unpack_bits(per_token(self.words, self.geometry, self.tile), self.geometry.num_boxes)
+        """Bool [B, H, N, C]: True where the query attends to the box. Of DTensors, gathered."""
+        return unpack_bits(per_token(_gathered(self.words), self.geometry, self.tile), self.geometry.num_boxes)
 
     def density(self) -> Tensor:
-        """Kept fraction of the N x N video pairs, float32 [B, H]. Pairs with condition tokens are always kept."""
+        """Kept fraction of the N x N video pairs, float32 [B, H]. Pairs with condition tokens are always kept.
+
+        Of DTensors, gathered.
+        """
+        words = _gathered(self.words)
         _, starts = box_order(self.geometry.grid, self.geometry.block)
-        sizes = torch.diff(torch.tensor(starts, device=self.words.device)).double()
-        heads = self.words.flatten(0, 1)
+        sizes = torch.diff(torch.tensor(starts, device=words.device)).double()
+        heads = words.flatten(0, 1)
         kept = [queries_per_box(rows, self.geometry, self.tile).double() @ sizes for rows in heads]
-        return (torch.stack(kept) / self.geometry.num_video**2).float().view(self.words.shape[:2])
+        return (torch.stack(kept) / self.geometry.num_video**2).float().view(words.shape[:2])
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """The whole of a DTensor, on every rank; other tensors as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def check_selection(

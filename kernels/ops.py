@@ -114,6 +114,11 @@ _define("select", _select, _select_fake)
 _define("attention", _attention, _attention_fake)
 _define("attention_backward", _attention_backward, _attention_backward_fake)
 
+if torch.distributed.is_available():
+    from . import sharding
+
+    sharding.register(_LIBRARY)
+
 
 def _attention_setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, selected, key_mask, *ctx.sizes = inputs

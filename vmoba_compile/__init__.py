@@ -1,5 +1,6 @@
 """VMoBA sparse attention for any video diffusion transformer, by rewriting its graph (arXiv 2506.23858)."""
 
+from . import balance
 from ._version import __version__
 from .config import VMoBAConfig
 from .deploy.engine import Engine, build_engine
@@ -17,6 +18,6 @@ from .verify import Verification, verify
 __all__ = [
     "CoverageError", "Engine", "ExportError", "GridError", "InputError", "OnnxExport", "OptimizedModel", "Package", "Report",
     "RewriteError", "Schedule", "Selection", "Site", "TorchTensorRT", "VMoBAConfig", "Verification", "__version__",
-    "attention", "build_engine", "explain", "export_onnx", "export_package", "export_torch_tensorrt", "load_torch_tensorrt",
-    "measure", "optimize", "report", "select", "verify",
+    "attention", "balance", "build_engine", "explain", "export_onnx", "export_package", "export_torch_tensorrt",
+    "load_torch_tensorrt", "measure", "optimize", "report", "select", "verify",
 ]  # fmt: skip

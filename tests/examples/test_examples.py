@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,26 +34,57 @@ RUNS = {
     ),
     "optimize_wan.py": ([], ["3 of 6 attentions rewritten (left dense: 3 cross_attention)"]),
     "own_model.py": ([], ["step 9: loss", "sampled a video", "1 of 1 attentions rewritten"]),
+    "train_several_gpus.py": (
+        ["--grid", "4x4x4", "--steps", "2", "--ulysses", "2", "--out", "{tmp}/run"],
+        ["step 2: loss", "vmoba on 2 processes, 2 to a video: 2 steps, saved in"],
+    ),
     "train_video_dit.py": (
         ["--grid", "4x4x4", "--steps", "2", "--held-out", "4", "--euler-steps", "2", "--out", "{tmp}/run"],
         ["3 of 3 attentions rewritten", "vmoba: 2 steps, train loss"],
     ),
+    "ulysses.py": (["--balance"], ["2 processes", "error", "imbalance of the heads", "a step: one process"]),
 }
+PARTS = ("video_dit.py",)  # of other examples
+SEVERAL = ("train_several_gpus.py", "ulysses.py")  # processes, two here
 
 
 def run(path: Path, *args: str) -> str:
-    command = [sys.executable, "-P", str(path), *args]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if path.name in SEVERAL else []
+    command = [sys.executable, "-P", *launcher, str(path), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - set(PARTS)))
 def test_example(name, tmp_path):
     args, expected = RUNS[name]
     out = run(EXAMPLES / name, *(arg.format(tmp=tmp_path) for arg in args))
     for text in expected:
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("ulysses.py", ["--heads", "1"], "multiples of the 2 processes"),
+        ("train_several_gpus.py", ["--ulysses", "3"], "--ulysses 3 does not divide the 2 processes"),
+        ("train_several_gpus.py", ["--batch", "3"], "--batch 3 is not a multiple of 2"),
+        ("train_several_gpus.py", ["--resume", "--out", "nowhere"], "finds no checkpoint in nowhere"),
+    ],
+)
+def test_what_cannot_be_shared_out(name, words, message):
+    with pytest.raises(AssertionError, match=message):
+        run(EXAMPLES / name, *words)
+
+
+def test_several_processes_need_a_launcher():
+    for name in SEVERAL:
+        done = subprocess.run(
+            [sys.executable, "-P", str(EXAMPLES / name)], capture_output=True, text=True, timeout=60, check=False,
+            env={key: value for key, value in os.environ.items() if key != "RANK"},
+        )  # fmt: skip
+        assert done.returncode == 1 and "start it with torchrun" in done.stderr
 
 
 def train(out: Path, *args: str) -> list[dict]:
@@ -99,7 +131,7 @@ def videos():
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module("compare_videos")
     sys.path[:] = before
-    for name in ("compare_videos", "train_video_dit"):
+    for name in ("compare_videos", "train_video_dit", "video_dit"):
         del sys.modules[name]
 
 

@@ -1,4 +1,4 @@
-"""Work on several gloo processes that cannot hang a test: what each returned, or the cause of the first failure."""
+"""A function on several processes of one process group, and a launcher that gives up in time."""
 
 from __future__ import annotations
 
@@ -13,39 +13,53 @@ import torch
 from torch import distributed as dist
 
 
-def run(work: Callable[..., Any], count: int, folder: Path, *args: Any, seconds: float = 90) -> list[Any]:
-    """``work(rank, *args)`` on ``count`` processes of one gloo group; its results by rank.
+def run(
+    function: Callable[..., Any], processes: int, folder: Path, *args: Any, kind: str = "cpu", seconds: float = 120
+) -> list[Any]:
+    """What ``function(rank, device, *args)`` returns on each of ``processes``, in the order of ranks.
 
-    ``work`` is a function of a module that the processes can import (``tests/support``). One that raises ends all, and
-    its traceback is the RuntimeError; all are killed after ``seconds``.
+    ``function`` is of an importable module, such as one in ``tests/support``. ``folder`` is new and empty. The processes
+    are a process group (gloo on CPU, NCCL on GPU ``rank``). Where one raises, the others are ended, and
+    ``torch.multiprocessing.ProcessRaisedException`` holds the first one's traceback; after ``seconds`` all are, with
+    AssertionError.
     """
-    processes = torch.multiprocessing.spawn(_begin, (work, count, str(folder), args), nprocs=count, join=False)
+    context = torch.multiprocessing.spawn(
+        _work, (function, str(folder), processes, kind, args), nprocs=processes, join=False
+    )
+    assert context is not None
     deadline = time.monotonic() + seconds
     try:
-        while not processes.join(timeout=1):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the processes did not end within {seconds} s")
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"the processes did not end within {seconds} s"
     except torch.multiprocessing.ProcessRaisedException as error:
-        failures = sorted(torch.load(path, weights_only=False) for path in folder.glob("failure-*.pt"))
-        raise RuntimeError(failures[0][1] if failures else str(error)) from None
+        cause = min((torch.load(path) for path in folder.glob("failure-*.pt")), default=(0.0, error.msg))[1]
+        raise torch.multiprocessing.ProcessRaisedException(cause, error.error_index, error.error_pid) from None
     finally:
-        for process in processes.processes:
+        for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(count)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def _begin(rank: int, work: Callable[..., Any], count: int, folder: str, args: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, function: Callable[..., Any], folder: str, processes: int, kind: str, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count,
+        "nccl" if kind == "cuda" else "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=processes,
         timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+    )
     try:
-        torch.save(work(rank, *args), f"{folder}/result-{rank}.pt")
+        torch.save(function(rank, device, *args), f"{folder}/{rank}.pt")
         dist.barrier()
     except Exception:
-        # It makes the others fail soon after, in other words: the first is the cause.
+        # It makes the others fail soon after, in other words, and they may be seen first.
         torch.save((time.time(), f"process {rank}: {traceback.format_exc()}"), f"{folder}/failure-{rank}.pt")
         raise
     dist.destroy_process_group()
