@@ -181,7 +181,7 @@ def is_shard(axis: Axis, shards: Shards) -> bool:
     """True for video tokens of which other ranks may hold the rest."""
     if any(factor.source == UNPROVEN for factor in factors(axis)):
         return True
-    return claims(axis) and any(piece == axis for piece, *_ in shards)
+    return claims(axis) and any(piece == axis for piece, count, _ in shards if count > 1)
 
 
 def comes_from_ranks(node: fx.Node, *, exchanged: bool) -> bool:
