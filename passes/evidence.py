@@ -107,7 +107,7 @@ def _shards(axes: Axes, scope: Scope) -> Iterator[Shard]:
 
 
 def _lasting(factor: Factor) -> bool:
-    return factor.size.static and not factor.writes
+    return factor.size.static and not factor.writes and factor.bundle is None
 
 
 def _all_factors(axis: Axis) -> Iterator[Factor]:

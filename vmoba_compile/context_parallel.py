@@ -75,8 +75,13 @@ def not_copied(model: nn.Module) -> Iterator[Any]:
 
 
 def hook_again(twin: nn.Module) -> None:
-    """Hooks of a copied model as its own: copied functions still call the modules of the model that was copied."""
+    """Hooks of a copied model as its own: copied functions still call the modules of the model that was copied.
+
+    Those of context parallelism alone: what other hooks do when they are registered is not for a copy.
+    """
     for registry in _registries(twin):
+        if not all(hasattr(hook, "parallel_config") for hook in registry.hooks.values()):
+            continue
         hooks = [(name, registry.hooks[name]) for name in registry._hook_order]
         first = registry._fn_refs[0]
         module = registry._module_ref

@@ -76,5 +76,7 @@ def test_gradients_equal_one_process(ranks, case):
 
 
 def test_a_rank_that_fails_ends_all(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)process 1.*1 heads cannot be shared out to 2 ranks"):
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"(?s)process 1.*1 heads cannot be shared out to 2 ranks"
+    ):
         processes.run(ulysses_cases.failing, 2, tmp_path, seconds=60)

@@ -95,7 +95,7 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def on_rank(rank: int, names: list[str]) -> dict[str, dict[str, Any]]:
+def on_rank(rank: int, device: torch.device, names: list[str]) -> dict[str, dict[str, Any]]:
     """These cases, on this rank of a group."""
     found = {}
     for name in names:
@@ -104,7 +104,7 @@ def on_rank(rank: int, names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def failing(rank: int) -> None:
+def failing(rank: int, device: torch.device) -> None:
     """Rank 1 cannot share its heads out."""
     model, given = hand_written(False, "to_heads", True)
     if rank == 1:
