@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +57,8 @@ def to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Piece q of the first dimension goes to rank q; autograd sends gradients back."""
-    exchange: Callable[..., Tensor] = collectives.all_to_all_single
-    if torch.is_grad_enabled():
-        exchange = collectives.all_to_all_single_autograd
-    return collectives.wait_tensor(exchange(x.flatten(), None, None, group)).reshape(x.shape)
+    # The operators themselves: in torch 2.11 the function around them is one that Dynamo keeps in a graph of its own.
+    library = torch.ops._c10d_functional_autograd if torch.is_grad_enabled() else torch.ops._c10d_functional
+    sizes = [x.numel() // group.size()] * group.size()
+    sent = library.all_to_all_single(x.flatten(), sizes, sizes, group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(sent).reshape(x.shape)
