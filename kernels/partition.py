@@ -15,6 +15,7 @@ import torch
 Triple = tuple[int, int, int]
 
 WORD_BITS = 32
+HEAD_POOLS = ("head_global", "query_head")  # the entries of one head compete among themselves
 TILE_OF = {"token": 0, "tile": 128}  # tokens of a tile of queries by granularity, 0: every query selects for itself
 TILE_SIZES = (64, 128)  # what the operators take besides 0
 

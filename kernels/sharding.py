@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from .partition import HEAD_POOLS
+
 BATCH, HEADS = 0, 1
-HEAD_POOLS = ("head_global", "query_head")  # the entries of one head compete among themselves
 
 # Of every operator: its arguments that are [B, heads, ...], and its mask [B, S]. A tensor without elements is whole.
 ARGUMENTS: dict[str, tuple[str, ...]] = {

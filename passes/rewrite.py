@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from ..kernels.partition import TILE_OF
+from ..kernels.partition import HEAD_POOLS, TILE_OF
 from .builder import Builder
 from .calls import SDPA, read_call
 from .canonical import Spelled, spell
@@ -28,7 +28,6 @@ from .sizes import Size, shape_of, value_of
 from .track import Scope, Tracking, track
 
 Triple = tuple[int, int, int]
-OVER_HEADS = ("overall", "block")  # pools whose selection of one head depends on the others
 
 
 class Policy(Protocol):
@@ -200,7 +199,7 @@ def _apply(
             detail=f"{tokens} tokens are fewer than {config.least_tokens_named(*where)}",
             **facts,
         )
-    if config.pool in OVER_HEADS and any(
+    if config.pool not in HEAD_POOLS and any(
         has_some_heads(axis, found.scope.shards) for axis in found.scope.axes_of(call.query) or ()
     ):
         return Site(

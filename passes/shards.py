@@ -18,7 +18,7 @@ from torch import distributed, fx
 from .indexing import SLICES, number, slicing
 from .names import name_of
 from .op import Op, Result, Shards
-from .reshaping import reshape, unbundled
+from .reshaping import bundled, reshape, unbundled
 from .sizes import multiply, same, size_of
 from .tokens import (
     MIXED,
@@ -132,10 +132,8 @@ def _received(axis: Axis, count: int, rank: int, source: str, shards: Shards) ->
     """What an axis holds at every rank: where tokens stand depends on whose they are, anything else is alike."""
     if not ordered(axis):
         return axis
-    if len(axis) > 1:
-        return ((_stands_for(axis, count, rank, source, shards),),)
     found = []
-    for factor in axis[0]:
+    for factor in bundled(axis)[0]:
         alone = unbundled(((factor,),))
         found.append(_stands_for(alone, count, rank, source, shards) if ordered(alone) else factor)
     return (tuple(found),)

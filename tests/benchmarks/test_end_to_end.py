@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import fcntl
-import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_modules import FOLDER, imported
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("diffusers")
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The script, what measures and what reports, as modules."""
-    before, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    names = ("end_to_end", "end_to_end_measure", "end_to_end_report")
-    yield SimpleNamespace(**{name.removeprefix("end_to_end_"): importlib.import_module(name) for name in names})
-    sys.path[:] = before
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    yield from imported({"end_to_end": "end_to_end", "measure": "end_to_end_measure", "report": "end_to_end_report"})
 
 
 @pytest.fixture

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import failing
 import pytest
+from benchmark_modules import FOLDER, imported
 
 pytest.importorskip("diffusers")
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The script, what measures and what reports, as modules."""
-    before, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    names = {"main": "several_gpus", "measure": "several_gpus_measure", "report": "several_gpus_report"}
-    yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
-    sys.path[:] = before
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+    yield from imported({"main": "several_gpus", "measure": "several_gpus_measure", "report": "several_gpus_report"})
 
 
 def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict]:

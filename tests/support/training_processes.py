@@ -1,17 +1,16 @@
-"""Training on two processes: what each of them runs, and a launcher that gives up in time."""
+"""Training on two processes: what each of them runs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import training
 from torch import Tensor, nn
@@ -153,19 +152,9 @@ def train(case: str, rank: int, device: torch.device) -> Result:
     }
 
 
-def work(rank: int, folder: str, cases: list[str], kind: str) -> None:
-    torch.set_num_threads(1)
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
+def work(rank: int, device: torch.device, cases: list[str]) -> dict[str, Result]:
+    if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding would move the selection
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
     results: dict[str, Result] = {}
     for case in cases:
         torch._dynamo.reset()
@@ -174,20 +163,10 @@ def work(rank: int, folder: str, cases: list[str], kind: str) -> None:
             results[case] = train(case, rank, device)
         except Exception as error:
             results[case] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        torch.save(results, f"{folder}/{rank}.pt")
         dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def launch(folder: Path, cases: list[str], kind: str = "cpu", seconds: float = 300) -> list[dict[str, Result]]:
     """What every process found, by case."""
-    processes = torch.multiprocessing.spawn(work, (str(folder), cases, kind), nprocs=PROCESSES, join=False)
-    deadline = time.monotonic() + seconds
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes did not end within {seconds} s"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return processes.run(work, PROCESSES, folder, cases, kind=kind, seconds=seconds)
