@@ -60,6 +60,7 @@ def plot(facts: Row, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (times, ratios) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for side, colour in (("dense", "C0"), ("sparse", "C1")):
@@ -70,6 +71,11 @@ def plot(facts: Row, path: Path) -> None:
         times.plot(gpus, spent, "o-", color=colour, label=side)
         times.plot(gpus, [spent[0] * gpus[0] / count for count in gpus], ":", color=colour, linewidth=1)
     times.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="ms a forward", title="dotted: perfect scaling")
+    counts = sorted({found["gpus"] for found in facts["gpus"]})
+    times.set_xticks(counts, [str(count) for count in counts])
+    times.minorticks_off()
+    times.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    times.yaxis.set_major_formatter("{x:,.0f}")
     if times.lines:
         times.legend()
     both = [found for found in facts["gpus"] if "ratio" in found]

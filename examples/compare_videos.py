@@ -7,7 +7,8 @@ Each run's weights are sampled with dense attention and with sparse attention: w
 (training-free use, for weights trained dense) and with none. Samples are compared with dense samples of the same weights
 and noise. Besides, held-out clips are noised half-way and restored, and compared with what they were. PSNR in dB, and
 SSIM (Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004), means over the
-frames of a clip; 100 dB stands for equal. Prints a table, writes JSON, a GIF and, where ffmpeg is installed, an MP4.
+frames of a clip; 100 dB stands for equal. Prints a table, writes JSON, the middle frames as a PNG, a GIF and, where
+ffmpeg is installed, an MP4.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def compare(run: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], 
         samples[name], seconds = sampler.sample(dense_steps)
         true, restored = sampler.restore(dense_steps)
         rows.append({
-            "run": str(run), "trained": facts["attention"], "sampled": name, "dense_steps": dense_steps,
+            "run": run.name, "trained": facts["attention"], "sampled": name, "dense_steps": dense_steps,
             "density": sampler.density, "seconds_per_clip": seconds,
             "psnr": psnr(samples[name], samples["dense"]).tolist(),
             "ssim": ssim(samples[name], samples["dense"]).tolist(),
@@ -164,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         itself = row["sampled"] == "dense"
         to_dense = ("", "") if itself else (f"{mean(row['psnr']):.2f} dB", f"{mean(row['ssim']):.4f}")
         found.add_row(
-            f"{row['trained']} ({Path(row['run']).name})", row["sampled"], "1" if itself else f"{row['density']:.3f}",
+            f"{row['trained']} ({row['run']})", row["sampled"], "1" if itself else f"{row['density']:.3f}",
             *to_dense, f"{mean(row['restored_psnr']):.2f} dB", f"{mean(row['restored_ssim']):.4f}",
             f"{row['seconds_per_clip']:.2f}",
         )  # fmt: skip
@@ -197,9 +198,11 @@ def write_films(columns: dict[str, Tensor], out: Path, frames_per_second: int = 
             image.set_data(clip[frame])
         return [image for image, _ in images]
 
+    show(frames // 2)
+    figure.savefig(out / "compare_videos.png")
     film = FuncAnimation(figure, show, frames=frames)
     film.save(out / "compare_videos.gif", writer=PillowWriter(fps=frames_per_second))
-    told = [f"wrote {out / 'compare_videos.gif'}"]
+    told = [f"wrote {out / f'compare_videos.{kind}'}" for kind in ("png", "gif")]
     if FFMpegWriter.isAvailable():
         film.save(out / "compare_videos.mp4", writer=FFMpegWriter(fps=frames_per_second))
         told.append(f"wrote {out / 'compare_videos.mp4'}")

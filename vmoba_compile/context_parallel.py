@@ -36,7 +36,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     quiet = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning", "info", "debug")} - {None}
     config = torch._dynamo.config
     original = getattr(dispatch, _REPLACED, None)
-    with config.patch(ignore_logging_functions=config.ignore_logging_functions | quiet):
+    with _without_metrics(), config.patch(ignore_logging_functions=config.ignore_logging_functions | quiet):
         if original is None or not torch.is_grad_enabled():
             yield
             return
@@ -45,6 +45,24 @@ def traceable(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             setattr(dispatch, _REPLACED, original)
+
+
+@contextmanager
+def _without_metrics() -> Iterator[None]:
+    """PyTorch's record of a compilation sorts that set of functions (before 2.13), and logs at length that it cannot."""
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+    logger.addFilter(_worth_logging)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_worth_logging)
+
+
+def _worth_logging(record: logging.LogRecord) -> bool:
+    """Not so: the failure to sort functions."""
+    return not (
+        record.exc_info and isinstance(record.exc_info[1], TypeError) and "'function'" in str(record.exc_info[1])
+    )
 
 
 def _look_up_arguments(model: nn.Module) -> None:

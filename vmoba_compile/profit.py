@@ -48,12 +48,15 @@ class Least(NamedTuple):
     named: str
 
 
-# "NVIDIA H200": python benchmarks/attention.py --scaling (benchmarks/results/attention-nvidia_h200.json). Its training is
-#     NOT YET MEASURED: the smallest size in training-nvidia_h200.json, 32,760 tokens, is 2.8 to 3.9 times as fast sparse as
-#     dense, far above the crossover. Until `python -m vmoba_compile bench --calibrate` has run on one, the forward's holds.
+# "NVIDIA H200": python benchmarks/attention.py --scaling (benchmarks/results/attention-nvidia_h200.json); training:
+#     python -m vmoba_compile bench --calibrate --json (calibration-nvidia_h200.json), whose forward gives 8,641: both lie
+#     between sizes that were measured, 7,480 and 11,440 tokens, and the larger one is the safer.
 # "cpu": python benchmarks/crossover.py on two cores (benchmarks/results/crossover_2_cpu_cores.json), the forward alone: the
 #     least size measured that was faster. Between the sizes, as `crossover` reads it, it would be 6,172.
-SHIPPED: Mapping[str, Mapping[str, int]] = {"NVIDIA H200": {"forward": 10601}, "cpu": {"forward": 7480}}
+SHIPPED: Mapping[str, Mapping[str, int]] = {
+    "NVIDIA H200": {"forward": 10601, "training": 5564},
+    "cpu": {"forward": 7480},
+}
 # Devices without a measurement: GPUs have the H200's figure; of any other, such as meta, nothing is known.
 DEFAULT = {"cuda": 10601}
 DEFAULT_OTHER = 8192

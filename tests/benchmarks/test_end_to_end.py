@@ -63,7 +63,11 @@ def test_runs_without_a_gpu(tmp_path):
 def test_kernels_and_memory_are_read_from_a_gpu(tmp_path):
     command = [sys.executable, "-P", str(FOLDER / "end_to_end.py"), "--tiny", "--only", "tiny-hunyuanvideo"]
     done = subprocess.run(
-        [*command, "--regional", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600, check=False
+        [*command, "--regional", "--jobs", "4", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("end_to_end_tiny-*.json")

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from vmoba_compile import ExportError
-from vmoba_compile.deploy import tensorrt_library
+from vmoba_compile.deploy import engine, tensorrt_library
 from vmoba_compile.deploy.engine import Engine, build_engine
 
 onnx = pytest.importorskip("onnx")
-FLOAT, HALF, INT64, BOOL, DOUBLE = 1, 10, 7, 9, 11
+ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+FLOAT, HALF, INT64, BOOL, DOUBLE, BFLOAT16 = 1, 10, 7, 9, 11, 16
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 node, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
@@ -140,17 +141,40 @@ def test_attention_without_a_fused_kernel(tmp_path):
 
 
 @needs_rtx
-def test_masked_attention_beside_vmoba_nodes_is_refused(tmp_path):
-    """Some builders end the process."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_beside_vmoba_nodes_is_spelled_out(masked, tmp_path, monkeypatch):
+    """As one operator the library breaks on it: some builders end the process, some engines never return."""
     shape = (1, 2, 64, 16)
     nodes = [
         node("VMoBAAttention", ["q", "k"], ["x"], name="first", domain="vmoba", threshold=0.5, **PLUGIN),
-        node("Attention", ["x", "k", "k", "mask"], ["out"], name="text"),
+        node("Attention", ["x", "k", "k"] + ["mask"] * masked, ["out"], name="text"),
     ]
-    ports = [tensor("q", FLOAT, shape), tensor("k", FLOAT, shape), tensor("mask", BOOL, (1, 1, 64, 64))]
+    ports = [tensor("q", FLOAT, shape), tensor("k", FLOAT, shape)]
+    ports += [tensor("mask", BOOL, (1, 1, 64, 64))] * masked
     path = write(tmp_path / "m.onnx", nodes, ports, [tensor("out", FLOAT, shape)], (), [selection(23)], 23)
-    with pytest.raises(ExportError, match=r"breaks on a masked Attention operator \(text\).*export with opset=20"):
-        build_engine(path, runtime="tensorrt_rtx")
+    parsed = []
+    spell_out = engine._without_attention
+    monkeypatch.setattr(engine, "_without_attention", lambda path: parsed.append(spell_out(path)) or parsed[0])
+    assert build_engine(path, runtime="tensorrt_rtx").portable == ("first",)
+    (text,) = map(onnx.load_from_string, parsed)
+    assert {"Softmax", "VMoBAAttention"} <= {x.op_type for x in text.graph.node} >= {"MatMul"}
+    assert not any(x.op_type == "Attention" for x in text.graph.node)
+    feeds = {"q": np.random.default_rng(0).normal(size=shape), "k": np.random.default_rng(1).normal(size=shape)}
+    feeds = {name: x.astype(np.float32) for name, x in feeds.items()}
+    feeds |= {"mask": np.tril(np.ones((1, 1, 64, 64), bool))} if masked else {}
+    runs = [ReferenceEvaluator(x).run(None, feeds)[0] for x in (onnx.load(str(path)), text)]
+    np.testing.assert_allclose(*runs, rtol=1e-5, atol=1e-6)
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", [BFLOAT16, HALF])
+def test_bfloat16_is_warned_of(dtype, tmp_path, recwarn):
+    path = write(
+        tmp_path / "m.onnx", [node("Relu", ["x"], ["y"])], [tensor("x", dtype, [4])], [tensor("y", dtype, [4])]
+    )
+    build_engine(path, runtime="tensorrt_rtx")
+    told = [str(x.message) for x in recwarn if "gave NaN" in str(x.message)]
+    assert len(told) == (dtype == BFLOAT16) and all("export the model in float16" in text for text in told)
 
 
 @needs_rtx

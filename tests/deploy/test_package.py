@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vmoba_compile import ExportError, Package, Report, VMoBAConfig, attention
+from vmoba_compile.deploy import package
 from vmoba_compile.deploy.package import export_package, read_about, replace_operators
 from vmoba_compile.deploy.program import capture, relative_error
 
@@ -129,6 +130,21 @@ def test_an_older_package_stays_until_the_new_one_is_good(tmp_path, monkeypatch,
         export_package(model, (x,), path=path, verify=True)
     assert compiled[0].name == path.name  # the archive is named after the file
     assert path.read_text() == "precious" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_package_that_crashes_takes_no_other_process_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "LOADER", "import os; os.abort()")
+    monkeypatch.setattr(
+        torch._inductor, "aoti_compile_and_package", lambda *_, package_path, **__: Path(package_path).write_text("ha")
+    )
+    monkeypatch.setenv("CXX", "my-compiler")
+    model, x = dense()
+    with (
+        pytest.warns(UserWarning, match="dense"),
+        pytest.raises(ExportError, match=r"loads it \(SIGABRT\).*my-compiler may"),
+    ):
+        export_package(model, (x,), path=tmp_path / "model.pt2", verify=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_in_a_line(tmp_path):

@@ -6,6 +6,7 @@ and leaves out only the engines.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -185,6 +186,23 @@ def test_failures_name_the_model(library):
     library.dynamo.compile = fail
     with pytest.raises(ExportError, match=r"^Torch-TensorRT cannot compile Model: RuntimeError: no engine$"):
         deploy.export_torch_tensorrt(Model(), (torch.randn(1, 48, 32),), config=VMOBA, grid=GRID)
+
+
+def test_failures_have_the_cause_that_the_library_logs(library):
+    """Its builder logs why it gives None, which then breaks the next call."""
+
+    def fail(program, **settings):
+        logging.getLogger("torch_tensorrt [TensorRT Conversion Context]").error(
+            "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([graph.h:1: attach] bad weights In compile at /a.cpp:1)"
+        )
+        logging.getLogger("others").error("something else")
+        raise TypeError("deserialize_cuda_engine(): incompatible function arguments")
+
+    library.dynamo.compile = fail
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(ExportError, match=r"^Torch-TensorRT cannot compile Model: bad weights$"):
+        deploy.export_torch_tensorrt(Model(), (torch.randn(1, 48, 32),), config=VMOBA, grid=GRID)
+    assert logging.getLogger().handlers == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import processes
 import pytest
 import torch
 import ulysses_cases
 from training import assert_same
+
+from vmoba_compile import context_parallel
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.slow
@@ -80,3 +83,23 @@ def test_a_rank_that_fails_ends_all(tmp_path):
         torch.multiprocessing.ProcessRaisedException, match=r"(?s)process 1.*1 heads cannot be shared out to 2 ranks"
     ):
         processes.run(ulysses_cases.failing, 2, tmp_path, seconds=60)
+
+
+def test_pytorch_does_not_log_that_it_cannot_sort_functions(monkeypatch):
+    logger, told = logging.getLogger("torch._dynamo.metrics_context"), []
+    monkeypatch.setattr(logger, "handle", lambda record: logger.filter(record) and told.append(record))
+
+    def fail(values: set) -> None:
+        try:
+            sorted(values)
+        except TypeError:
+            logger.exception("no metrics")
+
+    with context_parallel._without_metrics():
+        fail({relative, only_where_run})
+        fail({1, "a"})
+        logger.error("something else")
+    fail({relative, only_where_run})
+    errors = [record.exc_info and str(record.exc_info[1]) for record in told]
+    assert len(told) == 3 and "'str'" in errors[0] and errors[1] is None and "'function'" in errors[2]
+    assert not logger.filters

@@ -161,7 +161,8 @@ def test_samples_are_compared_from_the_same_noise(videos, tmp_path):
     assert max(sparse["psnr"]) < 60 and sparse["psnr"] != quarter["psnr"]  # one of four steps is dense
     assert dense["restored_psnr"] != sparse["restored_psnr"]
     films = videos.write_films({"dense": samples["dense"], "sparse": samples["sparse"]}, tmp_path)
-    assert (tmp_path / "compare_videos.gif").stat().st_size and ("ffmpeg" in films[1] or "mp4" in films[1])
+    assert all((tmp_path / f"compare_videos.{kind}").stat().st_size for kind in ("png", "gif"))
+    assert "ffmpeg" in films[2] or "mp4" in films[2]
 
 
 def test_runs_that_cannot_be_compared(videos, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..backend import warn
 from ..passes import ExportError
 from .files import check_target, replacing
 from .progress import Steps
-from .tensorrt_library import PLUGINS, Library, find_library
+from .tensorrt_library import PLUGINS, Library, find_library, plain
 
 Shape = Sequence[int]
 Dynamic = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -128,7 +127,7 @@ def build_engine(
         builder = library.module.Builder(log)
         network = builder.create_network(library.strongly_typed)
         step("parsing the file")
-        _parse(library, network, onnx_path, plugins, log)
+        _parse(library, network, onnx_path, plugins, nodes, log)
         _allow_any_attention(library, network)
         settings = builder.create_builder_config()
         if torch.get_float32_matmul_precision() == "highest":
@@ -196,23 +195,37 @@ def _vmoba_nodes(path: Path, library: Library) -> tuple[str, ...]:
             f"vmoba_compile: engines have no float64: {len(casts)} casts of {path.name} to it (the first is {casts[0]}) are"
             " computed in float32"
         )
-    own = tuple(node.name or node.output[0] for node in graph.node if node.domain == DOMAIN)
-    masked = [x.name or x.output[0] for x in graph.node if x.op_type == "Attention" and any(x.input[3:4])]
-    if library.name == "tensorrt_rtx" and own and masked:  # an internal error in 16 bits, the end of the process in 32
-        raise ExportError(
-            f"{library} cannot build {path.name}: its builder breaks on a masked Attention operator ({masked[0]}) beside"
-            " vmoba nodes; export with opset=20, which spells that attention out"
+    kinds = {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)}
+    if library.name == "tensorrt_rtx" and onnx.TensorProto.BFLOAT16 in kinds | {x.data_type for x in graph.initializer}:
+        warn(
+            f"vmoba_compile: {path.name} is in bfloat16, in which engines of TensorRT-RTX 1.4 gave NaN on an H200, those of"
+            " dense models too; compare the engine's outputs before you use it, or export the model in float16"
         )
-    return own
+    return tuple(node.name or node.output[0] for node in graph.node if node.domain == DOMAIN)
 
 
-def _parse(library: Library, network: Any, path: Path, plugins: str, log: Any) -> None:
+def _without_attention(path: Path) -> bytes:
+    """The file with each Attention operator as what it is defined to compute; weights stay where they lie.
+
+    Beside vmoba nodes, TensorRT-RTX breaks on a masked one when it builds, and on any other the engine never returns.
+    """
+    import onnx
+    from onnx.inliner import inline_selected_functions
+
+    model = onnx.load(str(path), load_external_data=False)
+    model = inline_selected_functions(model, [("", "Attention")], inline_schema_functions=True)
+    return bytes(model.SerializeToString())
+
+
+def _parse(library: Library, network: Any, path: Path, plugins: str, nodes: Sequence[str], log: Any) -> None:
     """Fill the network. ExportError names the node that the parser refuses."""
     parser = library.module.OnnxParser(network, log)
     if plugins != "none":
         from .plugins import expand  # registers the plugins; vmoba nodes become chains of their nodes
 
         parsed = parser.parse(expand(path, plugins), str(path))
+    elif nodes and library.name == "tensorrt_rtx":
+        parsed = parser.parse(_without_attention(path), str(path))
     else:
         parsed = parser.parse_from_file(str(path))
     if parsed:
@@ -225,7 +238,7 @@ def _parse(library: Library, network: Any, path: Path, plugins: str, log: Any) -
     cause = error.desc().strip()
     if cause in ("", "false"):
         cause = "it has no such operator"
-    raise ExportError(f"{library} cannot parse {node} of {path.name}{within}: {_plain(cause)}")
+    raise ExportError(f"{library} cannot parse {node} of {path.name}{within}: {plain(cause)}")
 
 
 def _allow_any_attention(library: Library, network: Any) -> None:
@@ -295,13 +308,5 @@ def _port(tensor: Any, shapes: Mapping[str, Any]) -> Port:
 
 def _cause(errors: Sequence[str]) -> str:
     """The last error that says anything; some only name a place in the library's sources."""
-    said = [text for text in map(_plain, errors) if text]
+    said = [text for text in map(plain, errors) if text]
     return said[-1] if said else "it gives no reason"
-
-
-def _plain(message: str) -> str:
-    """The library's sentence without its error codes and the places in its sources."""
-    message = " ".join(message.split())
-    inner = re.search(r"Error Code \d+: [^(]*\((.*)\)\s*$", message)
-    message = inner.group(1) if inner else message
-    return re.sub(r"\s*In \w+ at /\S+|\[\w+\.\w+:\d+: \w+\]", "", message).strip().rstrip(".")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +29,7 @@ from .files import check_target, replacing
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
 
 METADATA = "vmoba_compile"  # the key of what a package tells of itself
+LOADER = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
 
 _OPERATORS = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
 
@@ -75,9 +80,9 @@ def export_package(
     ``return_dict=False`` does without).
 
     The other arguments are those of ``capture``: with ``dynamic_shapes`` the batch may be dynamic, with a largest size, but
-    not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, runs it on the given inputs and
-    compares it with the rewritten program. A file that is there is replaced in one step once the package is complete and,
-    with ``verify``, has run; until then, and where anything fails, it stays as it was.
+    not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, first in a process of its own, runs it
+    on the given inputs and compares it with the rewritten program. A file that is there is replaced in one step once the
+    package is complete and, with ``verify``, has run; until then, and where anything fails, it stays as it was.
 
     Raises:
         ExportError: the model is not on a GPU, torch.export or AOTInductor cannot do it, or the package cannot be loaded,
@@ -116,6 +121,15 @@ def export_package(
 
 
 def _compare(package: Package, captured: Captured, expected: Any) -> float:
+    # First in a process of its own: a package that crashes would take this one along. Other errors come again below.
+    loading = subprocess.run([sys.executable, "-P", "-c", LOADER, str(package.path)], capture_output=True, check=False)
+    if loading.returncode < 0:
+        compiler = os.environ.get("CXX", "the default C++ compiler")
+        raise ExportError(
+            "the package was compiled but ends the process that loads it"
+            f" ({signal.Signals(-loading.returncode).name}), as do those of compilers that link libstdc++ statically:"
+            f" {compiler} may be one; name another in CXX (verify=True)"
+        )
     try:
         return relative_error(_run(package.load(), captured), expected)
     except Exception as error:

@@ -118,3 +118,11 @@ def _check_version(library: Library, plugins: str) -> None:
             f"{library} has a defect in plugins written in Python, which other versions do not have; take another,"
             " 10.13 or 11.0, or plugins='none'"
         )
+
+
+def plain(message: str) -> str:
+    """The library's sentence without its error codes and the places in its sources."""
+    message = " ".join(message.split())
+    inner = re.search(r"Error Code \d+: [^(]*\((.*)\)\s*$", message)
+    message = inner.group(1) if inner else message
+    return re.sub(r"\s*In \w+ at /\S+|\[\w+\.\w+:\d+: \w+\]", "", message).strip().rstrip(".")

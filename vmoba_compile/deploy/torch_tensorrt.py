@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import os
@@ -30,6 +31,7 @@ from ..passes.recognise import module_path
 from .files import check_target, replacing
 from .program import capture, first_line, relative_error, tensors_of
 from .progress import Steps
+from .tensorrt_library import plain
 
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 _ENGINE = "_run_on_acc"  # in the names of what Torch-TensorRT makes engines of
@@ -165,13 +167,14 @@ def export_torch_tensorrt(
             "attn_bias_is_causal": False,
             **options,
         }
+        errors: list[str] = []
         try:
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), _quiet(), _logged(errors):
                 module = torch_tensorrt.dynamo.compile(
                     captured.program, arg_inputs=list(captured.args), kwarg_inputs=captured.kwargs, **settings
                 )
         except Exception as error:
-            cause = first_line(error)
+            cause = plain(errors[-1]) if errors else first_line(error)  # a builder's failure surfaces as a TypeError
             raise ExportError(f"Torch-TensorRT cannot compile {type(model).__name__}: {cause}") from error
         seconds = time.perf_counter() - start
         engines, outside = partition(module)
@@ -297,3 +300,16 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _logged(errors: list[str]) -> Iterator[None]:
+    """Collect what the library logs as errors."""
+    handler = logging.Handler(logging.ERROR)
+    handler.addFilter(lambda record: record.name.startswith("torch_tensorrt"))
+    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
