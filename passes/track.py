@@ -43,6 +43,7 @@ from .tokens import (
 
 _PARAMETER = re.compile(r"^(l_self_|l__self__|p_|b_|c_|getattr_)|_(parameters|buffers)_", re.IGNORECASE)
 _WRITES_SECOND_ARGUMENT = frozenset(["setitem", "copy_"])
+_NEW = frozenset(["empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros"])  # memory without tokens
 
 
 @dataclass
@@ -323,11 +324,24 @@ def _write(scope: Scope, node: fx.Node, name: str) -> None:
             claims(axis) for other in _sharing(scope, base) if other not in chain for axis in scope.axes_of(other) or ()
         )
         blind = elsewhere and not any(claims(axis) for axis in axes)
-        if mapping is None or written is None or blind:
+        whole = mapping is not None and mapping == [(dim, None) for dim in range(len(axes))]
+        if (
+            whole
+            and written is not None
+            and name_of(base) in _NEW
+            and min(base.users) is node
+            and _covers(axes, written)
+        ):
+            scope.types[base] = written  # nothing else was ever there
+        elif mapping is None or written is None or blind:
             _forget(scope, base, label)
         else:
             _refine(scope, base, mapping, written, label)
     scope.types[node] = scope.axes_of(base) or ()
+
+
+def _covers(axes: Axes, written: Axes) -> bool:
+    return len(axes) == len(written) and all(_fits(a, axis_size(b)) for a, b in zip(axes, written, strict=True))
 
 
 def _write_by_index(scope: Scope, node: fx.Node, base: fx.Node) -> bool:

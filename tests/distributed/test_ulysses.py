@@ -44,7 +44,9 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-@pytest.mark.parametrize("case", ["wan", "wan_regional", "wan_optimized_first", "video", "text_and_video"])
+@pytest.mark.parametrize(
+    "case", ["wan", "wan_regional", "wan_optimized_first", "video", "video_in_place", "text_and_video"]
+)
 def test_outputs_equal_one_process(ranks, case):
     only_where_run(ranks, case)
     wanted = alone(case)

@@ -76,6 +76,20 @@ def buffer_half_permuted(x):
     return buffer
 
 
+def copied(into, *sources):
+    for source in sources:
+        into.copy_(source)
+    return into
+
+
+def new_rows_read_in_another_order(x):
+    tokens = raster_tokens(x)
+    new = torch.empty_like(tokens)
+    rows = new.view(2, 12, 2, 16)  # a view from before the write
+    new.copy_(tokens)
+    return rows.flip(1).flatten(1, 2)
+
+
 REORDERED = {
     "windows": windows,
     "indexed": lambda x: raster_tokens(x)[:, PERM],
@@ -100,12 +114,18 @@ REORDERED = {
     "two tokens swapped": swapped_tokens,
     "written into a chunk": written_into_chunk,
     "half a buffer": buffer_half_permuted,
+    "new memory": lambda x: copied(torch.empty_like(raster_tokens(x)), raster_tokens(x)[:, PERM]),
+    "new memory, written over": lambda x: copied(torch.empty_like(x), x, x.flip(2)).flatten(2).transpose(1, 2),
 }
 
 
 @pytest.mark.parametrize("order", REORDERED.values(), ids=REORDERED.keys())
 def test_reordered_tokens_stay_dense(order):
     assert verdicts(rewritten(VideoAttention(order), video())) == ["not_raster"]
+
+
+def test_a_view_from_before_the_write_stays_dense():
+    assert not rewritten(VideoAttention(new_rows_read_in_another_order), video()).rewritten
 
 
 def test_sorted_tokens_stay_dense():
@@ -133,6 +153,13 @@ KEPT = {
     "augmented sum": lambda x: augmented(raster_tokens(x).clone()),
     "a constant written": lambda x: constant_written(raster_tokens(x).clone()),
     "a buffer filled": lambda x: filled(raster_tokens(x)),
+    "new memory": lambda x: copied(torch.empty_like(raster_tokens(x)[:, PERM]), raster_tokens(x)),
+    "new memory, transposed": lambda x: (
+        copied(torch.zeros_like(x.flip(2)).transpose(3, 4), x.transpose(3, 4))
+        .transpose(3, 4)
+        .flatten(2)
+        .transpose(1, 2)
+    ),
     "normalised": lambda x: raster_tokens(F.group_norm(x, 2)),
     "single precision copy": lambda x: raster_tokens(x).double().float().contiguous(),
 }

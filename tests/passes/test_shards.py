@@ -36,8 +36,9 @@ def test_shards_are_put_together(rank, cut, grad):
         assert site.heads == 4 // dist.get_world_size()
 
 
-def test_other_layouts_of_the_exchange(rank):
-    assert verdicts(sites("chunk", "heads_first")) == ["rewritten"] * 2
+@pytest.mark.parametrize("by", ["heads_first", "in_place"])
+def test_other_layouts_of_the_exchange(rank, by):
+    assert verdicts(sites("chunk", by)) == ["rewritten"] * 2
 
 
 def test_text_and_video_in_shards_of_their_own(rank):

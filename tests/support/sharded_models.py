@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -41,7 +43,14 @@ def exchange(x: Tensor) -> Tensor:
     return collectives.wait_tensor(collectives.all_to_all_single_autograd(x, None, None, dist.group.WORLD))
 
 
-def heads_first(x: Tensor) -> Tensor:
+def exchange_in_place(x: Tensor) -> Tensor:
+    """As most code spells it; without gradients."""
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x)
+    return out
+
+
+def heads_first(x: Tensor, exchange: Callable[[Tensor], Tensor] = exchange) -> Tensor:
     """[batch, heads, tokens / ranks, head_dim] to [batch, heads / ranks, tokens, head_dim], without flattening."""
     batch, heads, tokens, dim = x.shape
     ranks = dist.get_world_size()
@@ -49,7 +58,7 @@ def heads_first(x: Tensor) -> Tensor:
     return x.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * tokens, dim)
 
 
-def heads_first_back(x: Tensor) -> Tensor:
+def heads_first_back(x: Tensor, exchange: Callable[[Tensor], Tensor] = exchange) -> Tensor:
     batch, heads, tokens, dim = x.shape
     ranks = dist.get_world_size()
     x = exchange(x.reshape(batch, heads, ranks, tokens // ranks, dim).permute(2, 0, 1, 3, 4).contiguous())
@@ -86,6 +95,9 @@ class Sharded(nn.Module):
         if self.by == "to_heads":
             q, k, v = (to_heads(x, group) for x in (q, k, v))
             return to_tokens(self.whole(q, k, v), group)
+        if self.by == "in_place":
+            q, k, v = (heads_first(x.transpose(1, 2), exchange_in_place) for x in (q, k, v))
+            return heads_first_back(scaled_dot_product_attention(q, k, v), exchange_in_place).transpose(1, 2)
         if self.by in ("heads_first", "ranks_last"):
             there = heads_first if self.by == "heads_first" else ranks_last
             q, k, v = (there(x.transpose(1, 2)) for x in (q, k, v))

@@ -90,6 +90,7 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "wan_training": lambda ranks: wan_case(training, ranks),
     "wan_optimized_first": optimized_first,
     "video": lambda ranks: inference(*hand_written(False, "heads_first", ranks), expect=2),
+    "video_in_place": lambda ranks: inference(*hand_written(False, "in_place", ranks), expect=2),
     "text_and_video": lambda ranks: inference(*hand_written(True, "to_heads", ranks), expect=2),
     "text_and_video_training": lambda ranks: training(*hand_written(True, "to_heads", ranks), expect=2),
 }
