@@ -195,6 +195,7 @@ def written(tmp_path_factory):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.xdist_group("package")
 def test_package_tells_of_itself(written):
     assert written.error < 1e-5 and written.kernels == () and written.seconds > 0
     assert written.bytes == written.path.stat().st_size
@@ -216,6 +217,7 @@ assert not any(name.startswith("vmoba") for name in sys.modules)
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.xdist_group("package")
 def test_runs_without_vmoba_compile(written):
     done = subprocess.run(
         [sys.executable, "-P", "-c", RUN, str(written.path.parent)],
@@ -229,6 +231,7 @@ def test_runs_without_vmoba_compile(written):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.xdist_group("package")
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_runs_in_cpp(written, tmp_path):
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"

@@ -10,7 +10,10 @@ import torch.distributed.checkpoint as dcp
 from training import difference
 from video_dit import VideoTransformer
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint read without a group
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint read without a group
+    pytest.mark.xdist_group("spread_training"),  # one worker starts the processes
+]
 TOLERANCE = 1e-5  # of each step's gradients, all as one vector
 WEIGHTS_TOLERANCE = 1e-4  # AdamW turns rounding errors in gradients near zero into whole steps
 NOT_COMPILED = ["--inner", "eager"]  # rewritten all the same; many processes compile slowly on two cores

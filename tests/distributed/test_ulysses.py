@@ -14,7 +14,7 @@ from training import assert_same
 from vmoba_compile import context_parallel
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ulysses")]  # one worker starts the processes
 TOLERANCE = 1e-4
 
 

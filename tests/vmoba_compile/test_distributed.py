@@ -10,6 +10,7 @@ import training
 import training_processes
 from training import assert_same, difference, with_oracle
 
+pytestmark = pytest.mark.xdist_group("training_processes")  # one worker starts them
 TOLERANCE = 1e-4
 SPARSE = (
     "ddp",
