@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/train_several_gpus.py                   # gloo without GPUs
     torchrun --standalone --nproc-per-node 4 examples/train_several_gpus.py --ulysses 2       # 2 videos x 2 parts of each
-    torchrun --standalone --nproc-per-node 8 examples/train_several_gpus.py --resume          # on another number
+    torchrun --standalone --nproc-per-node 8 examples/train_several_gpus.py --resume --steps 40 --batch 8
 
 On 8 GPUs: --grid 24x32x48 --width 768 --layers 8 --heads 8 --batch 8 --steps 1000 --ulysses 2
 

@@ -4,7 +4,7 @@ Where heads are spread over ranks (Ulysses, tensor parallelism), each rank gets 
 for the one whose heads kept the most pairs. A static order of heads, from the densities that ``measure`` found, helps:
 
     density = balance.densities(vmoba_compile.measure(model, ...))      # of one process, on real inputs
-    print(balance.table(density, ranks=8))                              # what an order would gain
+    rich.print(balance.table(density, ranks=8))                         # what an order would gain
     order = balance.head_order(density, ranks=8)
     for block, heads in zip(model.blocks, order):                       # before sharding, compiling and optimizers
         attention = block.attn1
@@ -36,7 +36,11 @@ def densities(report: Report) -> Tensor:
         ValueError: there are none, they were not measured, or their numbers of heads differ.
     """
     found = [site.density for site in report.rewritten]
-    if not found or any(share is None for share in found):
+    if not found:
+        raise ValueError(
+            f"the report has no rewritten attention ({report.summary()}); min_tokens=0 is for small models"
+        )
+    if any(share is None for share in found):
         raise ValueError("the report has no densities; give the one that vmoba_compile.measure(model, ...) returns")
     if len({len(share) for share in found if share is not None}) > 1:
         raise ValueError("the attentions differ in their numbers of heads; balance those of one number at a time")

@@ -19,6 +19,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from .backend import warn
+
 _DISPATCH = "diffusers.models.attention_dispatch"
 _REPLACED = "TemplatedUlyssesAttention"
 
@@ -45,6 +47,23 @@ def traceable(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             setattr(dispatch, _REPLACED, original)
+
+
+def check_degrees(model: nn.Module) -> None:
+    """ValueError where diffusers cannot share the heads out; a warning where it shares the keys out."""
+    parallel: Any = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    ranks, ring = getattr(parallel, "ulysses_degree", None) or 1, getattr(parallel, "ring_degree", None) or 1
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % ranks and not getattr(parallel, "ulysses_anything", False):
+        raise ValueError(
+            f"{heads} attention heads cannot be shared out by ulysses_degree={ranks}; take a number of processes that"
+            " divides them"
+        )
+    if ring > 1:
+        warn(
+            f"vmoba_compile: ring_degree={ring} leaves all attention dense (ring_attention), since boxes are selected over"
+            " whole sequences; share heads out instead, with ulysses_degree"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from .backend import NO_ATTENTION, Inner, check_coverage, check_grid, check_strict, warn
 from .compiling import plainly
 from .config import VMoBAConfig, as_config
+from .context_parallel import check_degrees
 from .kernels.partition import Triple
 from .passes import CoverageError, Reason, Report
 from .pipelines import Clock, calling_pipeline
@@ -115,6 +116,8 @@ class OptimizedModel(torch._dynamo.OptimizedModule):
         state = self._vmoba
         dense = self._uses_dense(kwargs)
         state.ran_dense = dense
+        if not state.checked:
+            check_degrees(self._orig_mod)
         with plainly(self._orig_mod, (args, kwargs)):
             result = (state.made.run_dense if dense else state.made)(*args, **kwargs)
         if not dense and state.made.graphs() not in state.checked:

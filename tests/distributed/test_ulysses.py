@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
+from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 import ulysses_cases
+from torch import nn
 from training import assert_same
 
+import vmoba_compile
 from vmoba_compile import context_parallel
 
 pytest.importorskip("diffusers")
@@ -85,6 +88,26 @@ def test_a_rank_that_fails_ends_all(tmp_path):
         torch.multiprocessing.ProcessRaisedException, match=r"(?s)process 1.*1 heads cannot be shared out to 2 ranks"
     ):
         processes.run(ulysses_cases.failing, 2, tmp_path, seconds=60)
+
+
+def degrees(**values: int) -> nn.Module:
+    """A model of six heads on which diffusers' parallelism was enabled."""
+    model = nn.Linear(4, 4)
+    model.config = SimpleNamespace(num_attention_heads=6)
+    model._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(**values))
+    return model
+
+
+def test_heads_that_cannot_be_shared_out_are_refused():
+    fast = vmoba_compile.optimize(degrees(ulysses_degree=4, ring_degree=1))
+    with pytest.raises(ValueError, match="6 attention heads cannot be shared out by ulysses_degree=4; take a number"):
+        fast(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_a_ring_is_warned_of(ring, recwarn):
+    context_parallel.check_degrees(degrees(ulysses_degree=2, ring_degree=ring))
+    assert [("ring_degree=2 leaves all attention dense" in str(x.message)) for x in recwarn] == [True] * (ring - 1)
 
 
 def test_pytorch_does_not_log_that_it_cannot_sort_functions(monkeypatch):

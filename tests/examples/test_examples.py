@@ -34,6 +34,7 @@ RUNS = {
     ),
     "optimize_wan.py": ([], ["3 of 6 attentions rewritten (left dense: 3 cross_attention)"]),
     "own_model.py": ([], ["step 9: loss", "sampled a video", "1 of 1 attentions rewritten"]),
+    "parallel_wan.py": ([], ["3 of 6 attentions rewritten", "2 processes (", "error"]),
     "train_several_gpus.py": (
         ["--grid", "4x4x4", "--steps", "2", "--ulysses", "2", "--out", "{tmp}/run"],
         ["step 2: loss", "vmoba on 2 processes, 2 to a video: 2 steps, saved in"],
@@ -45,7 +46,7 @@ RUNS = {
     "ulysses.py": (["--balance"], ["2 processes", "error", "imbalance of the heads", "a step: one process"]),
 }
 PARTS = ("video_dit.py",)  # of other examples
-SEVERAL = ("train_several_gpus.py", "ulysses.py")  # processes, two here
+SEVERAL = ("parallel_wan.py", "train_several_gpus.py", "ulysses.py")  # processes, two here
 
 
 def run(path: Path, *args: str) -> str:

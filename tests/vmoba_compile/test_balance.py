@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from graphs import VideoAttention, video
 from rich.console import Console
 from torch import nn
 from vmoba_compile.passes import Report
@@ -51,6 +52,11 @@ def test_near_the_best():
     assert 1 <= float((found / torch.tensor(best)).mean()) < 1.05
 
 
+def not_measured() -> Report:
+    """One attention that was rewritten."""
+    return vmoba_compile.explain(VideoAttention(), video(), config=VMoBAConfig(min_tokens=0))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -61,7 +67,8 @@ def test_near_the_best():
         (lambda: balance.imbalance(torch.ones(2, 4), 2, torch.zeros(2, 3, dtype=torch.int64)), "order must be"),
         (lambda: balance.head_order(torch.ones(2, 6), 3, group=4), "cannot be spread"),
         (lambda: balance.head_order(torch.ones(2, 6), 0), "at least 1"),
-        (lambda: balance.densities(Report()), "no densities"),
+        (lambda: balance.densities(Report()), r"no rewritten attention \(.*min_tokens=0"),
+        (lambda: balance.densities(not_measured()), "no densities"),
     ],
 )
 def test_what_does_not_fit(call, message):
