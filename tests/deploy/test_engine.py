@@ -16,6 +16,7 @@ from vmoba_compile.deploy import engine, tensorrt_library
 from vmoba_compile.deploy.engine import Engine, build_engine
 
 onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx.inliner")
 ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
 FLOAT, HALF, INT64, BOOL, DOUBLE, BFLOAT16 = 1, 10, 7, 9, 11, 16
 
@@ -153,6 +154,9 @@ def test_attention_beside_vmoba_nodes_is_spelled_out(masked, tmp_path, monkeypat
     ports += [tensor("mask", BOOL, (1, 1, 64, 64))] * masked
     path = write(tmp_path / "m.onnx", nodes, ports, [tensor("out", FLOAT, shape)], (), [selection(23)], 23)
     parsed = []
+    model = onnx.load(str(path))
+    model.graph.value_info.append(tensor("x", FLOAT, shape))  # as export_onnx writes
+    onnx.save(model, str(path))
     spell_out = engine._without_attention
     monkeypatch.setattr(engine, "_without_attention", lambda path: parsed.append(spell_out(path)) or parsed[0])
     assert build_engine(path, runtime="tensorrt_rtx").portable == ("first",)
@@ -164,6 +168,23 @@ def test_attention_beside_vmoba_nodes_is_spelled_out(masked, tmp_path, monkeypat
     feeds |= {"mask": np.tril(np.ones((1, 1, 64, 64), bool))} if masked else {}
     runs = [ReferenceEvaluator(x).run(None, feeds)[0] for x in (onnx.load(str(path)), text)]
     np.testing.assert_allclose(*runs, rtol=1e-5, atol=1e-6)
+
+
+@needs_rtx
+def test_attention_of_unknown_inputs_is_refused(tmp_path, monkeypatch):
+    """Where the schema of VMoBA's nodes is registered and the file has no types."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Type unknown for x")
+
+    monkeypatch.setattr(onnx.inliner, "inline_selected_functions", fail)
+    nodes = [node("VMoBAAttention", ["q", "q"], ["x"], domain="vmoba", threshold=0.5, **PLUGIN)]
+    port = tensor("q", FLOAT, (1, 2, 64, 16))
+    path = write(tmp_path / "m.onnx", nodes, [port], [tensor("x", FLOAT, (1, 2, 64, 16))], (), [selection(23)], 23)
+    with pytest.raises(
+        ExportError, match=r"does not tell the types .*Type unknown for x.*export_onnx, or with opset=20"
+    ):
+        build_engine(path, runtime="tensorrt_rtx")
 
 
 @needs_rtx

@@ -213,7 +213,13 @@ def _without_attention(path: Path) -> bytes:
     from onnx.inliner import inline_selected_functions
 
     model = onnx.load(str(path), load_external_data=False)
-    model = inline_selected_functions(model, [("", "Attention")], inline_schema_functions=True)
+    try:
+        model = inline_selected_functions(model, [("", "Attention")], inline_schema_functions=True)
+    except RuntimeError as error:
+        raise ExportError(
+            f"engines need the Attention operators of {path.name} spelled out, and it does not tell the types of their"
+            f" inputs ({error}); write it with export_onnx, or with opset=20"
+        ) from error
     return bytes(model.SerializeToString())
 
 
