@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it off
+
 from attention_measure import interleaved, reason, release
 from attention_report import empty_table, shape
 from rich.console import Console

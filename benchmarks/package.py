@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it off
+
 from attention_measure import in_turns
 from rich.console import Console
 from rich.table import Table

@@ -109,6 +109,7 @@ class Step(NamedTuple):
     metadata: Any
     args: list[Any]
     moving: list[tuple[int, int]]
+    compiled: Any  # Triton's, for those who launch it by other means
 
 
 class Address:
@@ -147,7 +148,7 @@ class Plan:
             moved.base = Address(values[number])
             values[number] = moved
         stream = current_stream(device)
-        for run, (x, y, z), function, metadata, args, moving in self.steps:
+        for run, (x, y, z), function, metadata, args, moving, _ in self.steps:
             filled = args.copy()
             for position, value in moving:
                 filled[position] = values[value]
@@ -224,7 +225,9 @@ class Recording(Work):
             elif isinstance(value, (tuple, list)) or hasattr(value, "data_ptr"):
                 self.problem = f"argument {list(parameters)[position]} of {kernel} may hold pointers"
         x, y, z = (*grid, 1, 1)[:3]
-        self._steps.append(Step(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, values, moving))
+        self._steps.append(
+            Step(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, values, moving, compiled)
+        )
 
     def plan(self, result: Result) -> Plan | None:
         """What was recorded; None where it cannot be replayed, see ``problem``."""

@@ -8,9 +8,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,12 @@ from ..passes import ExportError, Report
 from ..passes.recognise import module_path
 from .files import check_target, replacing
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
+from .replay import Replays
 
 METADATA = "vmoba_compile"  # the key of what a package tells of itself
 LOADER = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
 
+_SHIMS = "aot_inductor.custom_ops_to_c_shims"
 _OPERATORS = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
 
 
@@ -75,9 +79,9 @@ def export_package(
 
     The package is for the GPU that the model is on, and others of its compute capability. It is loaded by
     ``torch._inductor.aoti_load_package(path)`` in Python, where vmoba_compile is not needed, or by
-    ``torch::inductor::AOTIModelPackageLoader`` in C++, see examples/package_cpp. It holds the portable kernels. A model
-    that returns a class of its library's needs that library where it is loaded in Python (of diffusers:
-    ``return_dict=False`` does without).
+    ``torch::inductor::AOTIModelPackageLoader`` in C++, see examples/package_cpp. Attention of fixed sizes runs the kernels
+    that ``optimize`` runs on this GPU, recorded here, and any other the portable ones. A model that returns a class of its
+    library's needs that library where it is loaded in Python (of diffusers: ``return_dict=False`` does without).
 
     The other arguments are those of ``capture``: with ``dynamic_shapes`` the batch may be dynamic, with a largest size, but
     not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, first in a process of its own, runs it
@@ -99,22 +103,29 @@ def export_package(
     program = captured.program
     device = _device(program, captured)
     expected = _run(program.module(), captured) if verify else None
-    replace_operators(program)
+    given = dict(inductor_options or {})
+    # Generated code that is to be built elsewhere must not include files from here.
+    replays = None if device.type != "cuda" or given.get("aot_inductor.package_cpp_only") else Replays(device)
+    replace_operators(program, replays)
     about = json.dumps(_about(model, captured, device, config))
     # Kernels that are tried on invented inputs would follow invented lists to any address; the model's own inputs are used.
     options = {**_sound(), "triton.autotune_at_compile_time": False, "aot_inductor.metadata": {METADATA: about}}
     start = time.perf_counter()
-    with replacing(path) as made:
-        with inline.watch() as launches, torch.no_grad():
+    with replacing(path) as made, tempfile.TemporaryDirectory() as folder:
+        kernels = set(replays.kernels() if replays else ())
+        shims = replays.declarations(Path(folder)) if replays else {}
+        options |= given | {_SHIMS: shims | given.get(_SHIMS, {})}
+        running = replays.compiling() if replays else nullcontext()
+        with running, inline.watch() as launches, torch.no_grad():
             try:
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(made), inductor_configs=options | dict(inductor_options or {})
-                )
+                torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
             except Exception as error:
                 cause = first_line(error)
                 raise ExportError(f"AOTInductor cannot compile {type(model).__name__}: {cause}") from error
         seconds = time.perf_counter() - start
-        package = Package(made, captured.report, tuple(sorted(set(launches))), made.stat().st_size, seconds, None)
+        package = Package(
+            made, captured.report, tuple(sorted(kernels | set(launches))), made.stat().st_size, seconds, None
+        )
         if expected is not None:
             package = replace(package, error=_compare(package, captured, expected))
     return replace(package, path=path)
@@ -158,11 +169,11 @@ def read_about(path: str | Path) -> dict[str, Any]:
     raise ValueError(f"{path} was not made by vmoba_compile.export_package")
 
 
-def replace_operators(program: ExportedProgram) -> int:
-    """Put the inline operators in place of the opaque ones; how many attentions there were.
+def replace_operators(program: ExportedProgram, replays: Replays | None = None) -> int:
+    """Put recorded launches in place of the opaque operators, or else the inline operators; how many attentions there were.
 
     Raises:
-        ExportError: an operator has no inline form.
+        ExportError: an operator has neither form.
     """
     from ..kernels import inline
 
@@ -177,17 +188,22 @@ def replace_operators(program: ExportedProgram) -> int:
             continue
         kwargs = dict(node.kwargs)
         implementation = kwargs.pop("implementation", "auto")
-        if implementation not in ("auto", "triton"):
+        if implementation == "reference":
             raise ExportError(
-                f"a package holds the portable Triton kernels, but the model asks for implementation={implementation!r};"
-                " leave it at 'auto'"
+                "a package holds Triton kernels, but the model asks for implementation='reference'; leave it at 'auto'"
             )
         args, given = _values((node.args, kwargs))
         reason = inline.why_not(node.target, args, given, lambda n: _largest(program, n))
         if reason:
             raise ExportError(f"a package cannot hold the attention at {module_path(node) or node.name}: {reason}")
+        done += node.target is operators.attention.default
+        if replays and replays.exchange(node):
+            continue
+        if implementation == "hopper":
+            raise ExportError(
+                "the model asks for implementation='hopper', which a package runs for fixed sizes alone; leave it at 'auto'"
+            )
         node.target, node.kwargs = forms[node.target], kwargs
-        done += node.target is torch.ops.vmoba.attention_inline.default
     program.graph_module.recompile()
     return done
 

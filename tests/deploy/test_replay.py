@@ -1,0 +1,242 @@
+"""Recorded launches in a package: what is recorded, and that the C++ runtime asks the driver for exactly that.
+
+The runtime runs against a driver that only tells what it is asked for; on a GPU, test_gpu_package runs the real one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vmoba_compile.kernels.launches import Place, Plan, Step
+from vmoba_compile.kernels.partition import Geometry
+
+pytest.importorskip("triton")
+
+from vmoba_compile.deploy import replay
+
+HARNESS = Path(__file__).parents[1] / "support" / "cpp" / "replayed.cpp"
+BF16 = torch.bfloat16
+
+
+def compiled(name: str, signature: dict[str, str], **changed) -> SimpleNamespace:
+    """As much of a compiled kernel of Triton's as matters."""
+    metadata = {
+        "name": name, "num_warps": 4, "shared": 1024, "num_ctas": 1, "launch_cooperative_grid": False,
+        "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0, "tensordesc_meta": None,
+    }  # fmt: skip
+    return SimpleNamespace(
+        metadata=SimpleNamespace(**metadata | changed),
+        src=SimpleNamespace(signature=signature),
+        asm={"cubin": f"{name}-image".encode()},
+    )
+
+
+def step(kernel: SimpleNamespace, grid: tuple[int, int, int], args: list, moving: list[tuple[int, int]]) -> Step:
+    return Step(print, grid, 0, None, args, moving, kernel)
+
+
+def descriptor(padding: str = "zero") -> SimpleNamespace:
+    return SimpleNamespace(shape=[12, 64], strides=[64, 1], block_shape=[4, 64], padding=padding, base=None)
+
+
+TENSOR_MAP = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [4, 64], "fp4_padded": False}
+SMALL = compiled("small", {"X": "*bf16", "n": "i32", "scale": "fp32", "N": "constexpr", "none": "*fp32"})
+LARGE = compiled(
+    "large", {"map": "tensordesc<bf16[4, 64]>", "X": "*i32", "wide": "i64"},
+    launch_cooperative_grid=True, shared=100 * 1024, num_warps=12, tensordesc_meta=[TENSOR_MAP],
+)  # fmt: skip
+
+
+def a_plan(*steps: Step) -> Plan:
+    # Areas: q, k, v, selected, mask, scratch, zeros, out, lse.
+    places = (Place(0, 0), Place(5, 512), Place(6, 16), Place(7, 0))
+    outputs = (torch.Size((1, 2, 6, 8)), BF16), (torch.Size((1, 2, 6)), torch.float32)
+    return Plan(torch.device("cpu"), outputs, False, 2048, 256, places, ((1, descriptor()),), steps)
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+QKV = tuple(meta(1, 2, 6, 8) for _ in range(3))
+INPUTS = (*QKV, meta(1, 2, 6, 1, dtype=torch.int32), meta(0, dtype=torch.bool))
+STEPS = (
+    step(SMALL, (3, 2, 1), [0, -5, 0.5, 64, 0], [(0, 0)]),
+    step(LARGE, (132, 1, 1), [0, 0, 2**40 + 1], [(0, 1), (1, 2)]),
+    step(SMALL, (1, 1, 1), [0, 7, 1.0, 64, 0], [(0, 3)]),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[..., tuple[int, list[str], str]]:
+    """A program that replays the plan for q with a stride of a head, at an address."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    import triton
+
+    folder = tmp_path_factory.mktemp("replay")
+    bad = a_plan(step(SMALL, (1, 1, 9), [0, 0, 0.0, 64, 0], [(0, 0)]))
+    replays = replay.Replays(torch.device("cpu"))
+    replays.plans, replays.inputs = [a_plan(*STEPS), bad], [INPUTS, INPUTS]
+    declared = replays.declarations(folder)
+    assert [len(texts) for texts in declared.values()] == [2, 1]
+    # As Inductor's generated code includes it.
+    shims = "\n".join(f"extern {text};" for texts in declared.values() for text in texts)
+    (folder / "shims.cpp").write_text(f'extern "C" {{\n{shims}\n}}\n')
+    torch_headers = Path(torch.__file__).parent / "include"
+    cuda_headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    flags = ["-std=c++17", "-Wall", "-DUSE_CUDA", f"-I{folder}", f"-isystem{torch_headers}", f"-isystem{cuda_headers}"]
+    handles = "#include <torch/csrc/inductor/aoti_torch/c/shim.h>"
+    subprocess.run(
+        [compiler, *flags, "-fsyntax-only", "-x", "c++", "-"], check=True, text=True,
+        input=f'{handles}\n#include "shims.cpp"\nint x = sizeof(&aoti_torch_cuda_replay_select);\n',
+    )  # fmt: skip
+    # Arguments of the kernels above, shape and strides of the tensor map and two of Triton's own; the last are not read.
+    subprocess.run([compiler, *flags, "-DARGUMENTS=4", "-w", str(HARNESS), "-o", str(folder / "replayed")], check=True)
+
+    def run(stride: int = 48, address: int = 16, plan: int = 0) -> tuple[int, list[str], str]:
+        words = [str(folder / "replayed"), str(stride), str(address), str(plan)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    return run
+
+
+def test_the_driver_is_asked_for_what_was_recorded(run):
+    status, told, errors = run()
+    assert (status, errors) == (0, "")
+    half, one, minus_5 = (struct.unpack("<I", struct.pack(f, x))[0] for f, x in (("<f", 0.5), ("<f", 1), ("<i", -5)))
+    assert told == [
+        "allocate 2048 on 1", "allocate 256 on 1", "allocate 1 on 1", "allocate 1 on 1",  # scratch, zeros, out, lse
+        "zeros 0x30000 256",
+        "map 0x20200 type 9 rank 2 shape 64 12 stride 128 block 64 4 swizzle 3 fill 0",
+        "load small-", f"launch 1 on 3 2 1 threads 128 shared 1024 cooperative 0: 0x10 {minus_5:#x} {half:#x} 0",
+        "load large-", "shared 2 102400",
+        "launch 2 on 132 1 1 threads 384 shared 102400 cooperative 1: 0x20200 0xc 0x40 0x40",
+        f"launch 1 on 1 1 1 threads 128 shared 1024 cooperative 0: 0x40000 0x7 {one:#x} 0",
+        *told[12:14], "out 0x40000 lse 0x50000", *told[15:],
+    ]  # fmt: skip
+    assert sorted(told[12:14]) == ["free 0x20000", "free 0x30000"]
+    # Once more: new memory, the same modules.
+    assert len([line for line in told if line.startswith("load")]) == 2
+    assert len([line for line in told if line.startswith("launch")]) == 6 and told[-1] == "out 0x80000 lse 0x90000"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"stride": 96}, "tensor 0 has another layout"),
+        ({"address": 24}, "tensor 0 has another layout"),
+        ({"plan": 1}, "small: a fault"),
+    ],
+)
+def test_what_is_not_as_it_was_recorded_is_refused(run, changed, message):
+    status, told, errors = run(**changed)
+    assert status == 3 and message in errors
+    assert sum(line.startswith("allocate") for line in told) == sum(line.startswith("free") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_ctas": 2}, "has clusters"),
+        ({"global_scratch_size": 128}, "scratch memory of Triton's"),
+        ({"tensordesc_meta": None}, "a tensor descriptor that is no tensor map"),
+        ({"tensordesc_meta": [TENSOR_MAP | {"fp4_padded": True}]}, "of a kind that is not recorded"),
+        ({"signature": LARGE.src.signature | {"wide": "bf16"}}, "an argument has the type bf16"),
+    ],
+)
+def test_launches_that_only_triton_can_do(tmp_path, changed, message):
+    metadata = vars(LARGE.metadata) | changed
+    kernel = compiled(signature=metadata.pop("signature", LARGE.src.signature), **metadata)
+    replays = replay.Replays(torch.device("cpu"))
+    replays.plans, replays.inputs = [a_plan(step(kernel, *STEPS[1][1:2], *STEPS[1][4:6]))], [INPUTS]
+    with pytest.raises(replay.NotReplayable, match=message):
+        replays.declarations(tmp_path)
+
+
+class TestExchange:
+    """Which operators of a graph launches are recorded for; the recording itself is a GPU's."""
+
+    @pytest.fixture
+    def recorded(self, monkeypatch) -> list[torch.fx.Node]:
+        nodes = []
+
+        def record(self, node, values, sizes):
+            nodes.append(node)
+            return a_plan(*STEPS), tuple(values)
+
+        monkeypatch.setattr(replay.Replays, "_record", record)
+        return nodes
+
+    @staticmethod
+    def graph(change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, layers: int = 2, **options):
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        geometry = Geometry((2, 3, 4), (1, 3, 2))
+        sizes = (*geometry.grid, *geometry.block, 0, 0)
+
+        def model(q, k, v, mask):
+            for _ in range(layers):
+                q = change(q)
+                words = torch.ops.vmoba.select(
+                    q, k, mask, *sizes, pool="overall", mode="threshold", threshold=0.5, topk=0, **options
+                )
+                q, _ = torch.ops.vmoba.attention(q, k, v, words, mask, *sizes, scale=0.3, threshold=0.5, **options)
+            return q
+
+        with FakeTensorMode():
+            qkv = [torch.empty(1, 2, 24, 16, dtype=BF16) for _ in range(3)]
+            return make_fx(model)(*qkv, torch.empty(0, dtype=torch.bool))
+
+    @staticmethod
+    def exchange(made: torch.fx.GraphModule) -> tuple[replay.Replays, list[bool]]:
+        replays = replay.Replays(torch.device("cpu"))
+        operators = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
+        return replays, [replays.exchange(node) for node in made.graph.nodes if node.target in operators]
+
+    def test_equal_layers_share_a_plan(self, recorded):
+        made = self.graph(layers=3)
+        replays, done = self.exchange(made)
+        assert done == [True] * 6 and len(recorded) == len(replays.plans) == 2
+        assert replays.kernels() == ["large", "small"]
+        selects = [node for node in made.graph.nodes if node.target is torch.ops.vmoba.replay_select.default]
+        attentions = [node for node in made.graph.nodes if node.target is torch.ops.vmoba.replay_attention.default]
+        assert [node.args[-3:] for node in selects] == [(24, 1, 0)] * 3
+        assert [node.args[-1] for node in attentions] == [1] * 3 and len(attentions[0].args) == 6
+        made.recompile()
+        with torch._subclasses.FakeTensorMode() as mode:
+            like = [mode.from_tensor(torch.empty(1, 2, 24, 16, dtype=BF16)) for _ in range(3)]
+            assert made(*like, torch.empty(0, dtype=torch.bool)).shape == (1, 2, 24, 16)
+
+    def test_another_layout_is_another_plan(self, recorded):
+        def as_projected(x):
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+        made = self.graph(lambda x: as_projected(x) if x.is_contiguous() else x, layers=1)
+        replays, done = self.exchange(made)
+        assert done == [True, True] and replays.inputs[0][0].stride() == (768, 16, 32, 1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), lambda x: torch.cat([x, x], 3)[..., 5:21]],
+        ids=["rows that are copied first", "an address that is not aligned"],
+    )
+    def test_left_to_inductor(self, recorded, change):
+        _, done = self.exchange(self.graph(change, layers=1))
+        assert done == [False, False] and not recorded
+
+    def test_a_plan_that_only_triton_can_do(self, monkeypatch):
+        bad = step(compiled("pairs", {"x": "*bf16"}, num_ctas=2), (1, 1, 1), [0], [(0, 0)])
+        monkeypatch.setattr(replay.Replays, "_record", lambda *_: (a_plan(bad), INPUTS))
+        replays, done = self.exchange(self.graph())
+        assert not any(done) and not replays.plans and not replays.declarations(Path("unused"))
