@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from rich.console import Console
@@ -37,12 +36,10 @@ def setup(bench):
     return bench.Setup("cpu", torch.float32, "auto", dense, True, Console(quiet=True))
 
 
-def test_runs_without_a_gpu(tmp_path):
+def test_runs_without_a_gpu(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), "--scaling", "--out", str(tmp_path)],
-        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = processes.run_script(SCRIPT, "--scaling", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "without a GPU" in done.stdout and "failed" not in done.stdout
     (path,) = tmp_path.glob("attention-*.json")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
 
+import processes
 import pytest
 import torch
 from benchmark_modules import FOLDER, imported
@@ -38,13 +38,11 @@ def tiny(bench):
 
 
 @pytest.mark.slow
-def test_runs_without_a_gpu(tmp_path):
+def test_runs_without_a_gpu(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "-P", str(FOLDER / "end_to_end.py"), "--tiny", "--only", "tiny-wan"]
-    done = subprocess.run(
-        [*command, "--profile", "--jobs", "2", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300,
-        check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ("--tiny", "--only", "tiny-wan", "--profile", "--jobs", 2, "--out", tmp_path)
+    done = processes.run_script(FOLDER / "end_to_end.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "without a GPU" in done.stdout and "the longest kernels" in done.stdout
     (path,) = tmp_path.glob("end_to_end_tiny-*.json")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pass_time.py"
@@ -14,10 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pass_time.py"
 
 def test_runs(tmp_path):
     pytest.importorskip("diffusers")
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), "--layers", "3", "9", "--out", str(tmp_path)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = processes.run_script(SCRIPT, "--layers", 3, 9, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("pass_time_*.json")
     few, more = json.loads(path.read_text())["rows"]

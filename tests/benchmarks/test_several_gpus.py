@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import failing
+import processes
 import pytest
 from benchmark_modules import FOLDER, imported
 
@@ -23,11 +24,8 @@ def bench():
 
 
 def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    command = [sys.executable, "-P", str(FOLDER / "several_gpus.py"), "--tiny", "--out", str(out), *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}):
+        done = processes.run_script(FOLDER / "several_gpus.py", "--tiny", "--out", out, *words)
     (path,) = out.glob("several_gpus_tiny-*.json")
     return done, json.loads(path.read_text())
 

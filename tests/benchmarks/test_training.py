@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training.py"
@@ -28,9 +28,7 @@ def bench():
 @pytest.mark.slow
 def test_model_runs_without_a_gpu(tmp_path):
     args = ["--only-model", "--grids", "4x6x8", "--layers", "3", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), *args], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = processes.run_script(SCRIPT, *args)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("training-*.json")
     (row,) = json.loads(path.read_text())["models"]

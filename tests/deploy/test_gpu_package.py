@@ -139,7 +139,9 @@ def test_package_of_a_model(tmp_path, dtype, monkeypatch):
     model, given = build(dtype=dtype)
     package = export_package(model, (), given, tmp_path / "model.pt2", config=CONFIG, expect=3, verify=True)
     assert package.error < (1e-4 if dtype == FP32 else 2e-2)
-    assert {"gate_range", "attend_tiles", "merge_chunks"} <= set(package.kernels)  # the heads are too small for Hopper's
+    assert {"gate_range", "attend_tiles", "merge_chunks"} <= set(
+        package.kernels
+    )  # the heads are too small for Hopper's
     about = read_about(package.path)
     assert about["compute_capability"] == list(torch.cuda.get_device_capability())
     with torch.no_grad():
@@ -193,7 +195,9 @@ def test_recorded_launches(tmp_path, dtype):
     package = export_package(model, given, path=path, verify=True)
     assert package.error == 0
     assert ("attend_everything" in package.kernels) == (torch.cuda.get_device_capability() == (9, 0))
-    loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # no events, which no graph can hold
+    loaded = torch._inductor.aoti_load_package(
+        str(path), run_single_threaded=True
+    )  # no events, which no graph can hold
     for _ in range(3):
         for x in given[:2]:
             x.normal_()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -50,9 +49,7 @@ SEVERAL = ("parallel_wan.py", "train_several_gpus.py", "ulysses.py")  # processe
 
 
 def run(path: Path, *args: str) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if path.name in SEVERAL else []
-    command = [sys.executable, "-P", *launcher, str(path), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = processes.run_script(path, *args, processes=2 if path.name in SEVERAL else 0)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -81,10 +78,7 @@ def test_what_cannot_be_shared_out(name, words, message):
 
 def test_several_processes_need_a_launcher():
     for name in SEVERAL:
-        done = subprocess.run(
-            [sys.executable, "-P", str(EXAMPLES / name)], capture_output=True, text=True, timeout=60, check=False,
-            env={key: value for key, value in os.environ.items() if key != "RANK"},
-        )  # fmt: skip
+        done = processes.run_script(EXAMPLES / name)
         assert done.returncode == 1 and "start it with torchrun" in done.stderr
 
 
