@@ -1,4 +1,4 @@
-"""Compile every kernel launch of the package for one NVIDIA architecture, without a GPU.
+"""Compile every kernel of the package for one NVIDIA architecture, without a GPU.
 
     python -P tests/support/compile_kernels.py sm_90
 
@@ -46,6 +46,10 @@ WITH_TEXT = Geometry(GRID, (7, 5, 13), prefix=77, suffix=3)
 MANY_BOXES = Geometry((32, 32, 64), (2, 4, 4))  # 2,048, the most that pool "query_head" takes
 HALF_AS_MANY = Geometry((32, 32, 64), (4, 4, 4))  # where shared memory is small
 FEW_BOXES = Geometry(GRID, (3, 30, 52))  # 7
+THOROUGH = (
+    (9, 0),
+    (12, 0),
+)  # one with much shared memory and operands in it, one with little and operands in registers
 SMALLEST = (12, 0)  # has the least shared memory: here the largest tiles are compiled as well
 
 
@@ -94,44 +98,53 @@ def backward(implementation: str, geometry: Geometry, dtype: torch.dtype, head_d
 
 
 def run_everything(capability: tuple[int, int]) -> None:
-    """Call the host functions so that each kernel is launched, in the variants that differ most."""
+    """Call the host functions so that each kernel is launched, in the variants that differ most.
+
+    On ``THOROUGH`` in all of them, elsewhere in those that are nearest to a limit.
+    """
     other = {"batch": 2, "kv_heads": 4, "masked": True}
     if capability == (9, 0):
         attention("hopper", PLAIN, BF16, 128)
         attention("hopper", PLAIN, FP16, 64)
         backward("hopper", PLAIN, BF16, 128)
         backward("hopper", WITH_TEXT, FP16, 64, **other)
-    for dtype, head_dim in [(BF16, 128), (BF16, 64), (BF16, 256), (FP32, 64)]:
+    for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64)]:
         attention("triton", PLAIN, dtype, head_dim)
-    if capability == SMALLEST:
-        attention("triton", PLAIN, FP32, 128)
     # head_dim 40 and 80 are padded, and 40 strides by what is no multiple of 16.
     attention("triton", WITH_TEXT, BF16, 40, **other)
-    for dtype, head_dim in [(BF16, 128), (BF16, 64), (BF16, 256), (FP32, 64)]:
-        attention("triton", PLAIN, dtype, head_dim, tile=128)
-    attention("triton", WITH_TEXT, FP16, 128, tile=64, **other)
-    if capability == SMALLEST:
-        attention("triton", PLAIN, FP32, 128, tile=128)
-    for head_dim in (128, 256):
-        backward("triton", PLAIN, BF16, head_dim)
-    if capability == SMALLEST:
-        backward("triton", PLAIN, FP32, 64)
-        backward("triton", PLAIN, FP32, 128)
+    attention("triton", PLAIN, BF16, 128, tile=128)
+    backward("triton", PLAIN, BF16, 128)
     backward("triton", WITH_TEXT, BF16, 40, **other)
     select(HALF_AS_MANY if capability == SMALLEST else MANY_BOXES, BF16, 128, "query_head", "threshold")
+    select(PLAIN, BF16, 128, "head_global", "threshold")
+    select(PLAIN, BF16, 128, "block", "threshold")
+    select(PLAIN, BF16, 128, "head_global", "threshold", tile=128)
+    select(PLAIN, BF16, 128, "query_head", "topk", topk=1)  # own box
+    if capability in THOROUGH:
+        run_the_rest(capability, other)
+
+
+def run_the_rest(capability: tuple[int, int], other: dict[str, Any]) -> None:
+    attention("triton", PLAIN, BF16, 64)
+    for dtype, head_dim in [(BF16, 64), (BF16, 256), (FP32, 64)]:
+        attention("triton", PLAIN, dtype, head_dim, tile=128)
+    attention("triton", WITH_TEXT, FP16, 128, tile=64, **other)
+    backward("triton", PLAIN, BF16, 256)
+    if capability == SMALLEST:
+        for tile in (0, 128):
+            attention("triton", PLAIN, FP32, 128, tile=tile)
+        backward("triton", PLAIN, FP32, 64)
+        backward("triton", PLAIN, FP32, 128)
     for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64)]:
         select(PLAIN, dtype, head_dim, "query_head", "threshold")
     select(FEW_BOXES, FP16, 128, "query_head", "topk")
-    for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64), (FP16, 128)]:
+    for dtype, head_dim in [(BF16, 256), (FP32, 64), (FP16, 128)]:
         select(PLAIN, dtype, head_dim, "head_global", "threshold")
     select(PLAIN, BF16, 128, "head_global", "topk")
     select(PLAIN, BF16, 128, "overall", "threshold")
-    select(PLAIN, BF16, 128, "block", "threshold")
     select(PLAIN, FP32, 64, "block", "threshold")
     select(WITH_TEXT, BF16, 80, "head_global", "threshold", **other)
-    select(PLAIN, BF16, 128, "head_global", "threshold", tile=128)
     select(PLAIN, FP32, 64, "query_head", "threshold", tile=128)
-    select(PLAIN, BF16, 128, "query_head", "topk", topk=1)  # own box
     select(PLAIN, BF16, 128, "query_head", "threshold", threshold=1.0)  # everything
 
 
