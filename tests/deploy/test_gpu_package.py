@@ -224,3 +224,29 @@ def test_no_float64(tmp_path):
     model, given = build(dtype=torch.float64)
     with pytest.raises(ExportError, match="it takes float16, bfloat16 and float32, not float64"):
         export_package(model, (), given, tmp_path / "model.pt2", config=CONFIG)
+
+
+@pytest.mark.slow
+def test_two_packages_in_one_process(tmp_path):
+    """Each does its own launches, with its own kernels."""
+
+    class One(torch.nn.Module):
+        def __init__(self, grid, block, dim):
+            super().__init__()
+            self.grid, self.block, self.dim = grid, block, dim
+
+        def forward(self, qkv):
+            q, k, v = qkv.unflatten(-1, (3, 2, self.dim)).permute(2, 0, 3, 1, 4)
+            return attention(q, k, v, self.grid, block=self.block, threshold=0.4)
+
+    loaded, models, given = [], [], []
+    cases = [((4, 8, 9), (2, 4, 3), 64, BF16), ((3, 6, 8), (3, 3, 4), 40, FP32)]
+    for number, (grid, block, dim, dtype) in enumerate(cases):
+        model = One(grid, block, dim)
+        x = torch.randn(1, grid[0] * grid[1] * grid[2], 6 * dim, device="cuda", dtype=dtype)
+        loaded.append(export_package(model, (x,), path=tmp_path / f"{number}.pt2").load())
+        models.append(model)
+        given.append(x)
+    for _ in range(2):
+        for call, model, x in zip(loaded, models, given, strict=True):
+            assert_same([call(x)], [model(x)])
