@@ -183,7 +183,8 @@ def train(args: argparse.Namespace) -> None:
             print(json.dumps(record), file=log, flush=True)
             if told:
                 print(f"step {step + 1}: loss {loss:.4f}, {1e3 * record['seconds']:.0f} ms", flush=True)
-    save(model, optimizer, args.steps, args.out / f"checkpoint-{args.steps:08d}")
+            if step + 1 == args.steps or (args.save and (step + 1) % args.save == 0):
+                save(model, optimizer, step + 1, args.out / f"checkpoint-{step + 1:08d}")
     if told:
         shared = f", {args.ulysses} to a video" if args.ulysses > 1 else ""
         print(f"{args.attention} on {dist.get_world_size()} processes{shared}: {args.steps} steps, saved in {args.out}")
@@ -194,6 +195,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--attention", choices=("dense", "vmoba", "moba"), default="vmoba")
     add("--ulysses", type=int, default=1, metavar="N", help="processes that share each video")
+    add("--save", type=int, default=0, metavar="N", help="save every N steps, not at the end alone")
     add("--threshold", type=float, default=0.25, help="share of the gate weight that vmoba's boxes hold")
     add("--grid", type=parse_grid, default=(4, 8, 8), metavar="TxHxW", help="tokens; the video is T x 2H x 2W pixels")
     add("--width", type=int, default=64, help="channels of the transformer")

@@ -35,7 +35,7 @@ RUNS = {
     "own_model.py": ([], ["step 9: loss", "sampled a video", "1 of 1 attentions rewritten"]),
     "parallel_wan.py": ([], ["3 of 6 attentions rewritten", "2 processes (", "error"]),
     "train_several_gpus.py": (
-        ["--grid", "4x4x4", "--steps", "2", "--ulysses", "2", "--out", "{tmp}/run"],
+        ["--grid", "4x4x4", "--steps", "2", "--ulysses", "2", "--save", "1", "--out", "{tmp}/run"],
         ["step 2: loss", "vmoba on 2 processes, 2 to a video: 2 steps, saved in"],
     ),
     "train_video_dit.py": (

@@ -81,7 +81,7 @@ def export_package(
     multiprocessors. It is loaded by ``torch._inductor.aoti_load_package(path)`` in Python, where vmoba_compile is not
     needed, or by ``torch::inductor::AOTIModelPackageLoader`` in C++, see examples/package_cpp. Attention of fixed sizes runs
     the kernels that ``optimize`` runs on this GPU, recorded here, and any other the portable ones. A model that returns a
-    class of its library's needs that library where it is loaded in Python (of diffusers: ``return_dict=False`` does without).
+    class of its library's needs that library where it is loaded in Python (diffusers' ``return_dict=False`` does without).
 
     The other arguments are those of ``capture``: with ``dynamic_shapes`` the batch may be dynamic, with a largest size, but
     not the grid. ``inductor_options`` are Inductor's. ``verify`` loads the package, first in a process of its own, runs it
