@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vmoba_compile import ExportError, Package, Report, VMoBAConfig, attention
 from vmoba_compile.deploy import package
 from vmoba_compile.deploy.package import export_package, read_about, replace_operators
 from vmoba_compile.deploy.program import capture, relative_error
+from vmoba_compile.deploy.replay import DYNAMIC, Replays
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "package_cpp"
 GRID, BLOCK = (2, 3, 4), (1, 3, 2)
@@ -85,6 +87,53 @@ def test_an_implementation_asked_for_by_name_is_not_exchanged(as_on_gpu):
     program = capture(Attention("reference"), (torch.randn(1, 24, 16),)).program
     with pytest.raises(ExportError, match="asks for implementation='reference'"):
         replace_operators(program)
+
+
+class Unrecorded(Replays):
+    """On a GPU whose launches cannot be recorded."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(torch.device("cpu"))
+        self.reason = reason
+
+    def exchange(self, node):
+        if not self.reason:
+            raise ValueError("it takes float16 and bfloat16, not torch.float32")
+        return self.reason
+
+
+def test_portable_kernels_for_fixed_sizes_are_told(as_on_gpu):
+    program = capture(Attention(), (torch.randn(1, 24, 16),)).program
+    with pytest.warns(UserWarning, match="has the portable kernels for the attention at .*: no luck"):
+        assert replace_operators(program, Unrecorded("no luck")) == 1
+    program = capture(Attention(), (torch.randn(1, 24, 16),)).program
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert replace_operators(program, Unrecorded(DYNAMIC)) == 1
+
+
+@pytest.mark.parametrize(
+    ("replays", "message"),
+    [
+        (None, "recorded launches alone: launches are not recorded in such a package; leave it at 'auto'"),
+        (Unrecorded(DYNAMIC), "recorded launches alone: its sizes are dynamic; leave it at 'auto'"),
+        (Unrecorded(""), "cannot hold the attention at .*: it takes float16 and bfloat16"),
+    ],
+)
+def test_hoppers_kernel_is_not_exchanged(as_on_gpu, replays, message):
+    program = capture(Attention(), (torch.randn(1, 24, 16),)).program
+    for node in program.graph.nodes:
+        if "vmoba" in str(node.target):
+            node.kwargs = node.kwargs | {"implementation": "hopper"}
+    with pytest.raises(ExportError, match=message):
+        replace_operators(program, replays)
+
+
+def test_launches_are_recorded_for_packages_that_are_built_here():
+    built = package._built_elsewhere
+    assert not built({}) and built({"aot_inductor.package_cpp_only": True})
+    with torch._inductor.config.patch({"aot_inductor.emit_multi_arch_kernel": True}):
+        assert built({}) and not built({"aot_inductor.emit_multi_arch_kernel": False})
 
 
 def test_a_dynamic_batch_needs_a_largest_size(as_on_gpu):

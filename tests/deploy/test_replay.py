@@ -102,9 +102,9 @@ def run(tmp_path_factory) -> Callable[..., tuple[int, list[str], str]]:
     # Arguments of the kernels above, shape and strides of the tensor map and two of Triton's own; the last are not read.
     subprocess.run([compiler, *flags, "-DARGUMENTS=4", "-w", str(HARNESS), "-o", str(folder / "replayed")], check=True)
 
-    def run(stride: int = 48, address: int = 16, plan: int = 0) -> tuple[int, list[str], str]:
+    def run(stride: int = 48, address: int = 16, plan: int = 0, gpu: int = 132) -> tuple[int, list[str], str]:
         words = [str(folder / "replayed"), str(stride), str(address), str(plan)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env={"MULTIPROCESSORS": str(gpu)})
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -133,8 +133,12 @@ def test_the_driver_is_asked_for_what_was_recorded(run):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"stride": 96}, "tensor 0 has another layout"),
-        ({"address": 24}, "tensor 0 has another layout"),
+        (
+            {"stride": 96},
+            "q has the sizes and strides [1, 2, 6, 8] [7, 96, 8, 1], and the launches were recorded for [1, 2, 6, 8] [96,",
+        ),
+        ({"address": 24}, "q does not begin at a multiple of 16 bytes"),
+        ({"gpu": 114}, "made on a GPU with 132 multiprocessors, and this one has 114"),
         ({"plan": 1}, "small: a fault"),
     ],
 )
@@ -161,6 +165,29 @@ def test_launches_that_only_triton_can_do(tmp_path, changed, message):
     replays.plans, replays.inputs = [a_plan(step(kernel, *STEPS[1][1:2], *STEPS[1][4:6]))], [INPUTS]
     with pytest.raises(replay.NotReplayable, match=message):
         replays.declarations(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_kernel_launched_in_two_ways(tmp_path):
+    """The same code, once for all programs at a time."""
+    together = compiled("small", SMALL.src.signature, launch_cooperative_grid=True)
+    replays = replay.Replays(torch.device("cpu"))
+    steps = [step(kernel, (1, 1, 1), [0, 1, 0.0, 64, 0], [(0, 0)]) for kernel in (SMALL, together, SMALL)]
+    replays.plans, replays.inputs = [a_plan(*steps)], [INPUTS]
+    replays.declarations(tmp_path)
+    tables = (tmp_path / "plans.hpp").read_text()
+    assert "vmoba_image_0, 128, 1024, 0}" in tables and "vmoba_image_1, 128, 1024, 1}" in tables
+    assert len(list(tmp_path.glob("*.cubin"))) == 2
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_invented_inputs_have_the_layout(expanded):
+    x = torch.empty(1, 1, 4, 3).expand(2, 5, 4, 3) if expanded else torch.empty(2, 4, 5, 3).transpose(1, 2)
+    state = torch.get_rng_state()
+    made = replay._invented(x, torch.device("cpu"))
+    assert (made.shape, made.stride()) == (x.shape, x.stride()) and made.std() > 0.5
+    assert torch.equal(torch.get_rng_state(), state)
+    assert replay._invented(torch.empty(0, dtype=torch.bool), torch.device("cpu")).shape == (0,)
 
 
 class TestExchange:
@@ -178,7 +205,12 @@ class TestExchange:
         return nodes
 
     @staticmethod
-    def graph(change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, layers: int = 2, **options):
+    def graph(
+        change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+        layers: int = 2,
+        mask: Callable[[], torch.Tensor] = lambda: torch.empty(0, dtype=torch.bool),
+        batch: int = 1,
+    ) -> torch.fx.GraphModule:
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -189,17 +221,17 @@ class TestExchange:
             for _ in range(layers):
                 q = change(q)
                 words = torch.ops.vmoba.select(
-                    q, k, mask, *sizes, pool="overall", mode="threshold", threshold=0.5, topk=0, **options
+                    q, k, mask, *sizes, pool="overall", mode="threshold", threshold=0.5, topk=0
                 )
-                q, _ = torch.ops.vmoba.attention(q, k, v, words, mask, *sizes, scale=0.3, threshold=0.5, **options)
+                q, _ = torch.ops.vmoba.attention(q, k, v, words, mask, *sizes, scale=0.3, threshold=0.5)
             return q
 
         with FakeTensorMode():
-            qkv = [torch.empty(1, 2, 24, 16, dtype=BF16) for _ in range(3)]
-            return make_fx(model)(*qkv, torch.empty(0, dtype=torch.bool))
+            qkv = [torch.empty(batch, 2, 24, 16, dtype=BF16) for _ in range(3)]
+            return make_fx(model)(*qkv, mask())
 
     @staticmethod
-    def exchange(made: torch.fx.GraphModule) -> tuple[replay.Replays, list[bool]]:
+    def exchange(made: torch.fx.GraphModule) -> tuple[replay.Replays, list[str]]:
         replays = replay.Replays(torch.device("cpu"))
         operators = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
         return replays, [replays.exchange(node) for node in made.graph.nodes if node.target in operators]
@@ -207,7 +239,7 @@ class TestExchange:
     def test_equal_layers_share_a_plan(self, recorded):
         made = self.graph(layers=3)
         replays, done = self.exchange(made)
-        assert done == [True] * 6 and len(recorded) == len(replays.plans) == 2
+        assert done == [""] * 6 and len(recorded) == len(replays.plans) == 2
         assert replays.kernels() == ["large", "small"]
         selects = [node for node in made.graph.nodes if node.target is torch.ops.vmoba.replay_select.default]
         attentions = [node for node in made.graph.nodes if node.target is torch.ops.vmoba.replay_attention.default]
@@ -224,19 +256,40 @@ class TestExchange:
 
         made = self.graph(lambda x: as_projected(x) if x.is_contiguous() else x, layers=1)
         replays, done = self.exchange(made)
-        assert done == [True, True] and replays.inputs[0][0].stride() == (768, 16, 32, 1)
+        assert done == ["", ""] and replays.inputs[0][0].stride() == (768, 16, 32, 1)
 
     @pytest.mark.parametrize(
         "change",
         [lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), lambda x: torch.cat([x, x], 3)[..., 5:21]],
-        ids=["rows that are copied first", "an address that is not aligned"],
+        ids=["rows with gaps", "an address that is not aligned"],
     )
-    def test_left_to_inductor(self, recorded, change):
-        _, done = self.exchange(self.graph(change, layers=1))
-        assert done == [False, False] and not recorded
+    def test_copied_first(self, recorded, change):
+        """As the operators' own code does before it launches anything."""
+        made = self.graph(change, layers=1)
+        replays, done = self.exchange(made)
+        assert done == ["", ""] and replays.inputs[0][0].is_contiguous()
+        for node in made.graph.nodes:
+            if "replay" in str(node.target):
+                assert node.args[0].target is torch.ops.aten.clone.default and node.args[0].meta["val"].is_contiguous()
+                assert node.args[1].op == "placeholder"
+        made.graph.lint()
+
+    def test_a_mask_for_all_samples(self, recorded):
+        made = self.graph(layers=1, mask=lambda: torch.empty(1, 24, dtype=torch.bool).expand(2, 24), batch=2)
+        replays, done = self.exchange(made)
+        assert done == ["", ""] and [x.stride() for x in (replays.inputs[0][2], replays.inputs[1][4])] == [(24, 1)] * 2
+
+    def test_too_little_memory_to_record(self, monkeypatch):
+        def fail(*_):
+            raise torch.OutOfMemoryError("full")
+
+        monkeypatch.setattr(replay.Replays, "_record", fail)
+        _, done = self.exchange(self.graph())
+        assert len(done) == 4 and all("too little of the GPU's memory" in reason for reason in done)
 
     def test_a_plan_that_only_triton_can_do(self, monkeypatch):
         bad = step(compiled("pairs", {"x": "*bf16"}, num_ctas=2), (1, 1, 1), [0], [(0, 0)])
         monkeypatch.setattr(replay.Replays, "_record", lambda *_: (a_plan(bad), INPUTS))
         replays, done = self.exchange(self.graph())
-        assert not any(done) and not replays.plans and not replays.declarations(Path("unused"))
+        assert all("has clusters" in reason for reason in done) and not replays.plans
+        assert not replays.declarations(Path("unused"))

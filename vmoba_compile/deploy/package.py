@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from ..passes import ExportError, Report
 from ..passes.recognise import module_path
 from .files import check_target, replacing
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
-from .replay import Replays
+from .replay import DYNAMIC, Replays
 
 METADATA = "vmoba_compile"  # the key of what a package tells of itself
 LOADER = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
@@ -104,8 +105,7 @@ def export_package(
     device = _device(program, captured)
     expected = _run(program.module(), captured) if verify else None
     given = dict(inductor_options or {})
-    # Generated code that is to be built elsewhere must not include files from here.
-    replays = None if device.type != "cuda" or given.get("aot_inductor.package_cpp_only") else Replays(device)
+    replays = Replays(device) if device.type == "cuda" and not _built_elsewhere(given) else None
     replace_operators(program, replays)
     about = json.dumps(_about(model, captured, device, config))
     # Kernels that are tried on invented inputs would follow invented lists to any address; the model's own inputs are used.
@@ -114,7 +114,9 @@ def export_package(
     with replacing(path) as made, tempfile.TemporaryDirectory() as folder:
         kernels = set(replays.kernels() if replays else ())
         shims = replays.declarations(Path(folder)) if replays else {}
-        options |= given | {_SHIMS: shims | given.get(_SHIMS, {})}
+        options |= given
+        if shims:
+            options[_SHIMS] = shims | given.get(_SHIMS, torch._inductor.config.aot_inductor.custom_ops_to_c_shims)
         running = replays.compiling() if replays else nullcontext()
         with running, inline.watch() as launches, torch.no_grad():
             try:
@@ -197,15 +199,31 @@ def replace_operators(program: ExportedProgram, replays: Replays | None = None) 
         if reason:
             raise ExportError(f"a package cannot hold the attention at {module_path(node) or node.name}: {reason}")
         done += node.target is operators.attention.default
-        if replays and replays.exchange(node):
+        path = module_path(node) or node.name
+        try:
+            reason = replays.exchange(node) if replays else "launches are not recorded in such a package"
+        except ValueError as error:
+            raise ExportError(f"a package cannot hold the attention at {path}: {error}") from error
+        if not reason:
             continue
         if implementation == "hopper":
             raise ExportError(
-                "the model asks for implementation='hopper', which a package runs for fixed sizes alone; leave it at 'auto'"
+                f"the attention at {path} asks for implementation='hopper', which packages have as recorded launches alone:"
+                f" {reason}; leave it at 'auto'"
             )
+        if replays and reason != DYNAMIC:
+            warnings.warn(f"the package has the portable kernels for the attention at {path}: {reason}", stacklevel=3)
         node.target, node.kwargs = forms[node.target], kwargs
     program.graph_module.recompile()
     return done
+
+
+def _built_elsewhere(options: Mapping[str, Any]) -> bool:
+    """Whether what is generated is to be built elsewhere or for other GPUs: launches are recorded for this one."""
+    return any(
+        options.get(f"aot_inductor.{name}", getattr(torch._inductor.config.aot_inductor, name, False))
+        for name in ("package_cpp_only", "compile_standalone", "emit_multi_arch_kernel")
+    )
 
 
 def _checked(path: str | Path) -> Path:
@@ -244,6 +262,7 @@ def _about(model: nn.Module, captured: Captured, device: torch.device, config: V
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["compute_capability"] = list(torch.cuda.get_device_capability(device))
+        facts["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
     return facts
 
 

@@ -123,8 +123,14 @@ uint64_t address(AtenTensorHandle tensor) {
   return reinterpret_cast<uint64_t>(data);
 }
 
+std::string list(const int64_t* numbers, int64_t count) {
+  std::string text = " [";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
 // What the launches were recorded for; sizes of 1 have any stride.
-void expect(AtenTensorHandle tensor, const Layout& layout, size_t number) {
+void expect(AtenTensorHandle tensor, const Layout& layout, const char* name) {
   int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
   int32_t dtype = 0;
   check(aoti_torch_get_dim(tensor, &dims), "reading a shape");
@@ -138,9 +144,12 @@ void expect(AtenTensorHandle tensor, const Layout& layout, size_t number) {
     same = sizes[i] == layout.sizes[i];
   }
   for (int64_t i = 0; same && !empty && i < dims; ++i) same = sizes[i] == 1 || strides[i] == layout.strides[i];
-  if (!same || (!empty && address(tensor) % 16))
-    throw std::runtime_error("tensor " + std::to_string(number) +
-                             " has another layout than the kernels were recorded for; export the package again");
+  if (!same)
+    throw std::runtime_error(std::string(name) + " has the sizes and strides" + list(sizes, dims) + list(strides, dims) +
+                             ", and the launches were recorded for" + list(layout.sizes.data(), layout.sizes.size()) +
+                             list(layout.strides.data(), layout.strides.size()));
+  if (!empty && address(tensor) % 16)
+    throw std::runtime_error(std::string(name) + " does not begin at a multiple of 16 bytes; give it memory of its own");
 }
 
 CUtensorMap encode(const Map& map, uint64_t base) {
@@ -153,9 +162,21 @@ CUtensorMap encode(const Map& map, uint64_t base) {
   return made;
 }
 
+// A cooperative launch needs all its programs at a time: one for each multiprocessor.
+void expect_multiprocessors(const Launch& step) {
+  CUdevice device;
+  int count = 0;
+  check(cuCtxGetDevice(&device), "reading the device");
+  check(cuDeviceGetAttribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device), "reading the device");
+  if (static_cast<unsigned>(count) < step.x)
+    throw std::runtime_error("the package was made on a GPU with " + std::to_string(step.x) +
+                             " multiprocessors, and this one has " + std::to_string(count) + "; export it on this one");
+}
+
 void launch(const Launch& step, CUfunction run, const std::vector<uint64_t>& places,
             const std::vector<CUtensorMap>& maps, CUstream stream) {
   const Kernel& kernel = kernels()[step.kernel];
+  if (kernel.cooperative) expect_multiprocessors(step);
   std::vector<uint64_t> values(step.arguments.size() + 1, 0);  // one more: Triton's own scratch memory, which is not used
   std::vector<void*> parameters;
   for (size_t i = 0; i < step.arguments.size(); ++i) {
@@ -184,16 +205,21 @@ void launch(const Launch& step, CUfunction run, const std::vector<uint64_t>& pla
   check(cuLaunchKernelEx(&config, run, parameters.data(), nullptr), kernel.name);
 }
 
-void replay(int64_t number, const std::vector<AtenTensorHandle>& inputs, const std::vector<AtenTensorHandle*>& results) {
+struct Input {
+  const char* name;
+  AtenTensorHandle tensor;
+};
+
+void replay(int64_t number, const std::vector<Input>& inputs, const std::vector<AtenTensorHandle*>& results) {
   const Plan& plan = plans().at(number);
   int32_t device = 0;
   void* stream = nullptr;
-  check(aoti_torch_get_device_index(inputs[0], &device), "reading a device");
+  check(aoti_torch_get_device_index(inputs[0].tensor, &device), "reading a device");
   check(aoti_torch_get_current_cuda_stream(device, &stream), "reading the stream");
   std::vector<uint64_t> areas;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    expect(inputs[i], plan.inputs[i], i);
-    areas.push_back(address(inputs[i]));
+    expect(inputs[i].tensor, plan.inputs[i], inputs[i].name);
+    areas.push_back(address(inputs[i].tensor));
   }
   const auto bytes = [](int64_t count) { return Layout{aoti_torch_dtype_uint8(), {count}, {1}}; };
   std::vector<Tensor> made;
@@ -211,8 +237,7 @@ void replay(int64_t number, const std::vector<AtenTensorHandle>& inputs, const s
   for (size_t i = 0; i < results.size(); ++i) *results[i] = made[2 + i].release();
 }
 
-AOTITorchError guarded(int64_t plan, const std::vector<AtenTensorHandle>& inputs,
-                       const std::vector<AtenTensorHandle*>& results) {
+AOTITorchError guarded(int64_t plan, const std::vector<Input>& inputs, const std::vector<AtenTensorHandle*>& results) {
   try {
     replay(plan, inputs, results);
     return AOTI_TORCH_SUCCESS;
@@ -228,11 +253,12 @@ AOTITorchError guarded(int64_t plan, const std::vector<AtenTensorHandle>& inputs
 extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cuda_replay_select(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle key_mask, int64_t, int64_t, int64_t plan,
     AtenTensorHandle* selected) {
-  return vmoba_replay::guarded(plan, {q, k, key_mask}, {selected});
+  return vmoba_replay::guarded(plan, {{"q", q}, {"k", k}, {"key_mask", key_mask}}, {selected});
 }
 
 extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cuda_replay_attention(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle selected, AtenTensorHandle key_mask,
     int64_t plan, AtenTensorHandle* out, AtenTensorHandle* lse) {
-  return vmoba_replay::guarded(plan, {q, k, v, selected, key_mask}, {out, lse});
+  return vmoba_replay::guarded(
+      plan, {{"q", q}, {"k", k}, {"v", v}, {"selected", selected}, {"key_mask", key_mask}}, {out, lse});
 }

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from ..kernels import implementations, ops
 from ..kernels.launches import POINTER_ALIGNMENT, Plan, Plans, Recording, Step, is_dynamic
 
+DYNAMIC = "its sizes are dynamic"
 RUNTIME = Path(__file__).with_name("replay.hpp")
 
 _LIBRARY = torch.library.Library("vmoba", "FRAGMENT")
@@ -48,9 +49,16 @@ _compiling: ContextVar[Replays] = ContextVar("plans of the package that is compi
 
 def _replay(*args: Any) -> Any:
     *inputs, number = args
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    tensors, replays = [x for x in inputs if isinstance(x, Tensor)], _compiling.get()
+    for x, expected in zip(tensors, replays.inputs[number], strict=True):
+        pairs = zip(x.shape, x.stride(), expected.shape, expected.stride(), strict=True)
+        if x.numel() and any(size != wanted or (size > 1 and stride != given) for size, stride, wanted, given in pairs):
+            raise RuntimeError(
+                f"Inductor hands a tensor {list(x.shape)} with strides {x.stride()} to a VMoBA operator whose launches were"
+                f" recorded for {list(expected.shape)} and {expected.stride()}"
+            )
     with torch.cuda.device_of(tensors[0]):
-        return _compiling.get().plans[number].replay([x.data_ptr() for x in tensors])
+        return replays.plans[number].replay([x.data_ptr() for x in tensors])
 
 
 for _name in _SCHEMAS:
@@ -77,27 +85,38 @@ class Replays:
         self.device = device
         self.plans: list[Plan] = []
         self.inputs: list[tuple[Tensor, ...]] = []  # of each plan, without memory
-        self._known: dict[Hashable, int | None] = {}
+        self._known: dict[Hashable, int | str] = {}  # the number of a plan, or why there is none
 
-    def exchange(self, node: fx.Node) -> bool:
-        """Have ``node``, a select or an attention, do recorded launches; False where it must do without."""
+    def exchange(self, node: fx.Node) -> str:
+        """Have ``node``, a select or an attention, do recorded launches; why it must do without, empty if it need not.
+
+        Raises:
+            ValueError: the named implementation cannot run.
+        """
         values = [arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node)]
         sizes = node.args[len(values) :]
         tensors = all(isinstance(x, Tensor) for x in values)
         layouts = [n for x in values for n in (*x.shape, *x.stride(), x.storage_offset())] if tensors else []
         if not tensors or any(is_dynamic(n) for n in (*sizes, *layouts)):
-            return False
-        if not all(_suits(x) for x in values):
-            return False
-        number = self._number(node, values, sizes)
-        if number is None:
-            return False
+            return DYNAMIC
+        taken = [x if _suits(x) else x.clone(memory_format=torch.contiguous_format) for x in values]
+        number = self._number(node, taken, sizes)
+        if isinstance(number, str):
+            return number
+        for position, (x, before) in enumerate(zip(taken, values, strict=True)):
+            if x is not before:
+                with node.graph.inserting_before(node):
+                    copied = node.graph.call_function(
+                        torch.ops.aten.clone.default, (node.args[position],), {"memory_format": torch.contiguous_format}
+                    )
+                copied.meta = node.args[position].meta | {"val": x}
+                node.update_arg(position, copied)
         selects = node.target is torch.ops.vmoba.select.default
         shape = node.meta["val"].shape[2:] if selects else ()
         replays = torch.ops.vmoba
         node.target = replays.replay_select.default if selects else replays.replay_attention.default
         node.args, node.kwargs = (*node.args[: len(values)], *shape, number), {}
-        return True
+        return ""
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -117,26 +136,28 @@ class Replays:
         if not self.plans:
             return {}
         tables = folder / "plans.hpp"
-        tables.write_text(_Tables(self.plans, self.inputs, folder).text())
+        tables.write_text(_Tables(self.plans, self.inputs).text(folder))
         hidden = '__attribute__((visibility("hidden"))) AOTITorchError '
         declared = {op: [hidden + text] for op, text in _DECLARATIONS.items()}
         # Ahead of the declarations, which it holds as well. Inductor puts each of these into extern "C" { extern ...; }.
         next(iter(declared.values())).insert(0, f'"C++" {{\n#include "{tables}"\n}}')
         return declared
 
-    def _number(self, node: fx.Node, values: Sequence[Tensor], sizes: Sequence[Any]) -> int | None:
-        """Of the plan for ``node``; None where there is none."""
+    def _number(self, node: fx.Node, values: Sequence[Tensor], sizes: Sequence[Any]) -> int | str:
+        """Of the plan for ``node``, or why there is none."""
         key = Plans.key((node.target, *sizes, *sorted(node.kwargs.items())), values, range(0, 16 * len(values), 16))
         if key not in self._known:
-            self._known[key] = None
             try:
                 plan, layouts = self._record(node, values, sizes)
-                _Tables([plan], [layouts], Path()).text()
-            except NotReplayable:
-                return None
-            self._known[key] = len(self.plans)
-            self.plans.append(plan)
-            self.inputs.append(layouts)
+                _Tables([plan], [layouts])
+            except NotReplayable as error:
+                self._known[key] = str(error)
+            except torch.OutOfMemoryError:
+                self._known[key] = "its launches were not recorded, for which too little of the GPU's memory is free"
+            else:
+                self._known[key] = len(self.plans)
+                self.plans.append(plan)
+                self.inputs.append(layouts)
         return self._known[key]
 
     def _record(self, node: fx.Node, values: Sequence[Tensor], sizes: Sequence[Any]) -> tuple[Plan, tuple[Tensor, ...]]:
@@ -158,7 +179,7 @@ class Replays:
                 q, k, v, selected, mask = tensors
                 rule = {name: options.get(name, default) for name, default in _RULE.items()}
                 words = torch.ops.vmoba.select(q, k, mask, *sizes, mode="topk" if rule["topk"] else "threshold", **rule)
-                selected.copy_(words)
+                selected = words.as_strided(selected.shape, selected.stride())
                 implementations.attention(q, k, v, selected, mask, geometry, run=record, **_DEFAULTS | _RULE | options)
         recording, plan = found[0]
         if plan is None:
@@ -177,32 +198,35 @@ def _suits(x: Tensor) -> bool:
 
 
 def _invented(x: Tensor, device: torch.device) -> Tensor:
-    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    generator = torch.Generator(device).manual_seed(0)  # the caller's stays as it is
-    return made.normal_(generator=generator) if x.dtype.is_floating_point else made.fill_(1)
+    """Random numbers, or ones, in the layout of ``x``, which may be expanded."""
+    elements = (
+        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    )
+    made = torch.ones(elements, dtype=x.dtype, device=device)
+    if x.dtype.is_floating_point:
+        made.normal_(generator=torch.Generator(device).manual_seed(0))  # the caller's stays as it is
+    return made.as_strided(x.shape, x.stride())
 
 
 class _Tables:
     """Plans as C++; the cubins as files beside it, which the assembler takes in."""
 
-    def __init__(self, plans: Sequence[Plan], inputs: Sequence[Sequence[Tensor]], folder: Path) -> None:
-        self.folder = folder
-        self.kernels: dict[bytes, tuple[int, Any]] = {}
+    def __init__(self, plans: Sequence[Plan], inputs: Sequence[Sequence[Tensor]]) -> None:
+        self.kernels: dict[tuple[Any, ...], int] = {}  # cubin, name, threads, shared memory, cooperative -> number
         self.plans = [self._plan(plan, layouts) for plan, layouts in zip(plans, inputs, strict=True)]
 
-    def text(self) -> str:
+    def text(self, folder: Path) -> str:
+        """The tables; the cubins go to ``folder``."""
         images, rows = [], []
-        for cubin, (number, metadata) in self.kernels.items():
-            if self.folder != Path():
-                file = self.folder / f"{number}.cubin"
-                file.write_bytes(cubin)
-                images.append(
-                    f'__asm__(".pushsection .rodata\\n.balign 64\\nvmoba_image_{number}:\\n.incbin \\"{file}\\"\\n'
-                    f'.popsection\\n");\nextern "C" __attribute__((visibility("hidden"))) const unsigned char'
-                    f" vmoba_image_{number}[];"
-                )
-            threads, cooperative = 32 * metadata.num_warps, str(bool(metadata.launch_cooperative_grid)).lower()
-            rows.append(f'{{"{metadata.name}", vmoba_image_{number}, {threads}, {metadata.shared}, {cooperative}}}')
+        for (cubin, name, *numbers), number in self.kernels.items():
+            file = folder / f"{number}.cubin"
+            file.write_bytes(cubin)
+            images.append(
+                f'__asm__(".pushsection .rodata\\n.balign 64\\nvmoba_image_{number}:\\n.incbin \\"{file}\\"\\n'
+                f'.popsection\\n");\nextern "C" __attribute__((visibility("hidden"))) const unsigned char'
+                f" vmoba_image_{number}[];"
+            )
+            rows.append(_list([f'"{name}"', f"vmoba_image_{number}", *map(str, numbers)]))
         return "\n".join(
             [
                 f'#include "{RUNTIME}"',
@@ -251,8 +275,8 @@ class _Tables:
                 arguments.append(f"{{Argument::PLACE, {moving[position]}}}")
             else:  # a pointer to nothing is 0
                 arguments.append(_bits(value, "i64" if kind.startswith("*") else kind))
-        cubin = step.compiled.asm["cubin"]
-        kernel, _ = self.kernels.setdefault(cubin, (len(self.kernels), metadata))
+        facts = 32 * metadata.num_warps, metadata.shared, int(bool(metadata.launch_cooperative_grid))
+        kernel = self.kernels.setdefault((step.compiled.asm["cubin"], metadata.name, *facts), len(self.kernels))
         return _list([str(kernel), *map(str, step.grid), _list(arguments)])
 
 
