@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.xdist_group("cost")  # what one worker has measured is for all tests here
-GRID = (21, 30, 52)
+GRID = (15, 30, 52)
 SCRIPT = """
 import json, sys, time
 import torch

@@ -41,7 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
     "query_head": SMALL | {"pool": "query_head", "dtype": "fp32", "prefix": 1},
     "topk": SMALL | {"mode": "topk", "topk": 2, "dtype": "fp16"},
     "own_box": SMALL | {"mode": "topk", "topk": 1},
-    "everything": SMALL | {"threshold": 1.0},
     "tile": SMALL | {"tile": 128, "prefix": 1},
     "tile_1": {"grid": (1, 4, 5), "block": (1, 4, 3), "tile": 64, "heads": 1, "batch": 2, "masked": True},
     "dynamic": SMALL | {"batch": 3, "dynamic": True, "suffix": 2},

@@ -93,8 +93,8 @@ class Replays:
         Raises:
             ValueError: the named implementation cannot run.
         """
-        values = [arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node)]
-        sizes = node.args[len(values) :]
+        inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        values, sizes = [arg.meta["val"] for arg in inputs], node.args[len(inputs) :]
         tensors = all(isinstance(x, Tensor) for x in values)
         layouts = [n for x in values for n in (*x.shape, *x.stride(), x.storage_offset())] if tensors else []
         if not tensors or any(is_dynamic(n) for n in (*sizes, *layouts)):
@@ -103,19 +103,17 @@ class Replays:
         number = self._number(node, taken, sizes)
         if isinstance(number, str):
             return number
-        for position, (x, before) in enumerate(zip(taken, values, strict=True)):
+        for position, (source, x, before) in enumerate(zip(inputs, taken, values, strict=True)):
             if x is not before:
+                clone, contiguous = torch.ops.aten.clone.default, torch.contiguous_format
                 with node.graph.inserting_before(node):
-                    copied = node.graph.call_function(
-                        torch.ops.aten.clone.default, (node.args[position],), {"memory_format": torch.contiguous_format}
-                    )
-                copied.meta = node.args[position].meta | {"val": x}
-                node.update_arg(position, copied)
+                    inputs[position] = node.graph.call_function(clone, (source,), {"memory_format": contiguous})
+                inputs[position].meta = source.meta | {"val": x}
         selects = node.target is torch.ops.vmoba.select.default
         shape = node.meta["val"].shape[2:] if selects else ()
         replays = torch.ops.vmoba
         node.target = replays.replay_select.default if selects else replays.replay_attention.default
-        node.args, node.kwargs = (*node.args[: len(values)], *shape, number), {}
+        node.args, node.kwargs = (*inputs, *shape, number), {}
         return ""
 
     @contextmanager
@@ -187,8 +185,8 @@ class Replays:
         return plan, tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors)
 
 
-_DEFAULTS: Mapping[str, Any] = {"implementation": "auto", "tile": 0}
-_RULE: Mapping[str, Any] = {"pool": "overall", "threshold": 1.0, "topk": 0, "tile": 0}  # of the schemas
+_DEFAULTS: dict[str, Any] = {"implementation": "auto", "tile": 0}
+_RULE: dict[str, Any] = {"pool": "overall", "threshold": 1.0, "topk": 0, "tile": 0}  # of the schemas
 
 
 def _suits(x: Tensor) -> bool:
