@@ -176,6 +176,9 @@ class Attentions(torch.nn.Module):
             attention(q, few_k, few_v, (4, 8, 9), key_mask=mask, **options),
             attention(q, few_k, few_v, (4, 8, 9), granularity="tile", **options),
             attention(q, k, v, (4, 8, 9), block=(4, 4, 3), prefix=5, mode="topk", topk=2, pool="query_head"),
+            attention(
+                q, k[:, :1].expand(-1, 4, -1, -1), v, (4, 8, 9), key_mask=mask[:1].expand(q.shape[0], -1), **options
+            ),
         )
 
 

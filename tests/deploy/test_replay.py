@@ -260,8 +260,12 @@ class TestExchange:
 
     @pytest.mark.parametrize(
         "change",
-        [lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), lambda x: torch.cat([x, x], 3)[..., 5:21]],
-        ids=["rows with gaps", "an address that is not aligned"],
+        [
+            lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+            lambda x: torch.cat([x, x], 3)[..., 5:21],
+            lambda x: x[:, :1].expand(-1, 2, -1, -1),
+        ],
+        ids=["rows with gaps", "an address that is not aligned", "one head for all"],
     )
     def test_copied_first(self, recorded, change):
         """As the operators' own code does before it launches anything."""

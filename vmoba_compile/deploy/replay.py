@@ -190,7 +190,12 @@ _RULE: dict[str, Any] = {"pool": "overall", "threshold": 1.0, "topk": 0, "tile":
 
 
 def _suits(x: Tensor) -> bool:
-    """Whether the operators' own code hands ``x`` to the launches as it is, at an address that they may be recorded for."""
+    """Whether the operators' own code hands ``x`` to the launches as it is, at an address that they may be recorded for.
+
+    What is expanded is not: Inductor may well write it out, and the launches would be for strides of 0.
+    """
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return False
     aligned = x.storage_offset() * x.element_size() % POINTER_ALIGNMENT == 0
     return aligned and (x.stride(-1) == 1 if x.dtype.is_floating_point else x.is_contiguous())
 
