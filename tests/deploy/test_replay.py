@@ -5,6 +5,7 @@ The runtime runs against a driver that only tells what it is asked for; on a GPU
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import struct
 import subprocess
@@ -14,12 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vmoba_compile.kernels import implementations
 from vmoba_compile.kernels.launches import Place, Plan, Step
 from vmoba_compile.kernels.partition import Geometry
 
 pytest.importorskip("triton")
 
 from vmoba_compile.deploy import replay
+from vmoba_compile.deploy.program import options_of
 
 HARNESS = Path(__file__).parents[1] / "support" / "cpp" / "replayed.cpp"
 BF16 = torch.bfloat16
@@ -188,6 +191,19 @@ def test_invented_inputs_have_the_layout(expanded):
     assert (made.shape, made.stride()) == (x.shape, x.stride()) and made.std() > 0.5
     assert torch.equal(torch.get_rng_state(), state)
     assert replay._invented(torch.empty(0, dtype=torch.bool), torch.device("cpu")).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("select", {"pool": "block", "mode": "topk", "threshold": 0.0, "topk": 2}), ("attention", {"scale": 0.3})],
+)
+def test_options_of_a_call_are_all_that_its_operator_takes(name, given):
+    graph = torch.fx.Graph()
+    node = graph.call_function(getattr(torch.ops.vmoba, name).default, (graph.placeholder("q"),), given)
+    parameters = inspect.signature(getattr(implementations, name)).parameters.values()
+    options = options_of(node)
+    assert options.keys() == {x.name for x in parameters if x.kind is x.KEYWORD_ONLY} - {"run"}
+    assert options == options | given | {"implementation": "auto", "tile": 0}
 
 
 class TestExchange:

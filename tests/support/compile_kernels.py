@@ -46,10 +46,8 @@ WITH_TEXT = Geometry(GRID, (7, 5, 13), prefix=77, suffix=3)
 MANY_BOXES = Geometry((32, 32, 64), (2, 4, 4))  # 2,048, the most that pool "query_head" takes
 HALF_AS_MANY = Geometry((32, 32, 64), (4, 4, 4))  # where shared memory is small
 FEW_BOXES = Geometry(GRID, (3, 30, 52))  # 7
-THOROUGH = (
-    (9, 0),
-    (12, 0),
-)  # one with much shared memory and operands in it, one with little and operands in registers
+# One with much shared memory and operands in it, one with little and operands in registers.
+THOROUGH = ((9, 0), (12, 0))
 SMALLEST = (12, 0)  # has the least shared memory: here the largest tiles are compiled as well
 
 

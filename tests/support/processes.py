@@ -105,11 +105,8 @@ def run_script(script: Path, *words: Any, processes: int = 0, seconds: float = 3
         for process in started:
             process.start()
         deadline = time.monotonic() + seconds
-        while any(process.is_alive() for process in started) and not any(process.exitcode for process in started):
+        while (late := _are_running(started)) and time.monotonic() < deadline:
             multiprocessing.connection.wait([p.sentinel for p in started if p.is_alive()], timeout=1)
-            if time.monotonic() > deadline:
-                break
-        late = any(process.is_alive() for process in started) and not any(process.exitcode for process in started)
         failed = next((process.exitcode for process in started if process.exitcode), 0)
         for process in started:
             process.kill()
@@ -118,6 +115,11 @@ def run_script(script: Path, *words: Any, processes: int = 0, seconds: float = 3
     if late:
         raise TimeoutError(f"{script.name} did not end within {seconds} s: {said[1]}")
     return CompletedProcess(command, failed, *said)
+
+
+def _are_running(started: list[Any]) -> bool:
+    """Some still run, and none has failed."""
+    return any(process.is_alive() for process in started) and not any(process.exitcode for process in started)
 
 
 def _free_port() -> int:

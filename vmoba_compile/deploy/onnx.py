@@ -26,7 +26,7 @@ from ..passes.builder import Builder
 from ..passes.sizes import size_of, value_of
 from .files import check_target, replacing
 from .onnx_body import Rule, body_bytes, functions
-from .program import Captured, capture, configured, first_line, relative_error, tensors_of
+from .program import Captured, capture, configured, first_line, options_of, relative_error, tensors_of
 from .progress import Steps
 
 OPSETS = (20, 23)
@@ -234,10 +234,7 @@ def _check_dynamic(program: ExportedProgram, batch: int) -> None:
 def _rule(program: ExportedProgram) -> Rule | None:
     """How the attentions select; one body serves all of a file."""
     nodes = program.graph.find_nodes(op="call_function", target=torch.ops.vmoba.select.default)
-    arguments = torch.ops.vmoba.select.default._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = [{**defaults, **node.kwargs} for node in nodes]
-    rules = {Rule(**{name: x[name] for name in Rule.__dataclass_fields__}) for x in given}
+    rules = {Rule(**{name: options_of(node)[name] for name in Rule.__dataclass_fields__}) for node in nodes}
     if len(rules) > 1:
         raise ExportError(
             "attentions of this model select in different ways (pool, mode, threshold, topk or granularity), of which one "

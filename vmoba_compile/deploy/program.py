@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..backend import check_coverage, check_grid, check_strict, warn
@@ -113,6 +113,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """The tensors among arguments or results, in their order."""
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def options_of(node: fx.Node) -> dict[str, Any]:
+    """The options of an operator's call, those included that are left at the defaults of its schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    return {x.name: x.default_value for x in arguments if x.has_default_value()} | node.kwargs
 
 
 def relative_error(actual: Any, expected: Any) -> float:

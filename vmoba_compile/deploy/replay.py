@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import compute_required_storage_length, make_contiguous_strides_for
 
 from ..kernels import implementations, ops
 from ..kernels.launches import POINTER_ALIGNMENT, Plan, Plans, Recording, Step, is_dynamic
+from .program import options_of
 
 DYNAMIC = "its sizes are dynamic"
 RUNTIME = Path(__file__).with_name("replay.hpp")
@@ -159,7 +161,7 @@ class Replays:
         return self._known[key]
 
     def _record(self, node: fx.Node, values: Sequence[Tensor], sizes: Sequence[Any]) -> tuple[Plan, tuple[Tensor, ...]]:
-        geometry, options, found = ops._geometry(*sizes), dict(node.kwargs), list[tuple[Recording, Any]]()
+        geometry, options, found = ops._geometry(*sizes), options_of(node), list[tuple[Recording, Any]]()
 
         def record(compute: Any, _: Hashable, *inputs: Tensor) -> Any:
             recording = Recording(inputs)
@@ -172,21 +174,17 @@ class Replays:
         with torch.cuda.device(self.device), torch.no_grad():
             if node.target is torch.ops.vmoba.select.default:
                 q, k, mask = tensors
-                implementations.select(q, k, mask, geometry, run=record, **_DEFAULTS | options)
+                implementations.select(q, k, mask, geometry, run=record, **options)
             else:
                 q, k, v, selected, mask = tensors
-                rule = {name: options.get(name, default) for name, default in _RULE.items()}
+                rule = {name: options[name] for name in ("pool", "threshold", "topk", "tile")}
                 words = torch.ops.vmoba.select(q, k, mask, *sizes, mode="topk" if rule["topk"] else "threshold", **rule)
                 selected = words.as_strided(selected.shape, selected.stride())
-                implementations.attention(q, k, v, selected, mask, geometry, run=record, **_DEFAULTS | _RULE | options)
+                implementations.attention(q, k, v, selected, mask, geometry, run=record, **options)
         recording, plan = found[0]
         if plan is None:
             raise NotReplayable(recording.problem)
         return plan, tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors)
-
-
-_DEFAULTS: dict[str, Any] = {"implementation": "auto", "tile": 0}
-_RULE: dict[str, Any] = {"pool": "overall", "threshold": 1.0, "topk": 0, "tile": 0}  # of the schemas
 
 
 def _suits(x: Tensor) -> bool:
@@ -201,11 +199,8 @@ def _suits(x: Tensor) -> bool:
 
 
 def _invented(x: Tensor, device: torch.device) -> Tensor:
-    """Random numbers, or ones, in the layout of ``x``, which may be expanded."""
-    elements = (
-        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    )
-    made = torch.ones(elements, dtype=x.dtype, device=device)
+    """Random numbers, or ones, in the layout of ``x``, whose elements may share memory."""
+    made = torch.ones(compute_required_storage_length(x.shape, x.stride(), 0), dtype=x.dtype, device=device)
     if x.dtype.is_floating_point:
         made.normal_(generator=torch.Generator(device).manual_seed(0))  # the caller's stays as it is
     return made.as_strided(x.shape, x.stride())
@@ -247,7 +242,7 @@ class _Tables:
         maps: list[str] = []
         launches = [self._launch(step, described, maps) for step in plan.steps]
         layouts = [_layout(x.dtype, x.shape, x.stride()) for x in inputs]
-        outputs = [_layout(dtype, shape, _contiguous(shape)) for shape, dtype in plan.outputs]
+        outputs = [_layout(dtype, shape, make_contiguous_strides_for(shape)) for shape, dtype in plan.outputs]
         parts = [_list(layouts), _list(outputs), str(plan.scratch_bytes), str(plan.zero_bytes)]
         return _list([*parts, _list(places), _list(maps), _list(launches)])
 
@@ -317,10 +312,6 @@ def _map(place: int, descriptor: Any, description: Mapping[str, Any]) -> str:
 def _layout(dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int]) -> str:
     name = str(dtype).removeprefix("torch.")
     return _list([f"aoti_torch_dtype_{name}()", _list(list(map(str, sizes))), _list(list(map(str, strides)))])
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
 
 
 def _list(parts: Sequence[str]) -> str:
