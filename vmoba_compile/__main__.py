@@ -18,6 +18,7 @@ from . import bench
 from .config import VMoBAConfig
 from .deploy.command import add_arguments, export
 from .explain import explain
+from .files import check_target, replacing
 from .kernels.partition import Triple
 from .passes import Report, RewriteError
 from .zoo import PRESETS, preset
@@ -104,8 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "bench":
             return bench.run(args)
-        if args.save and args.save.suffix not in (".json", ".html"):
-            raise ValueError(f"--save takes a .json or .html file, not {args.save}")
+        if args.save:
+            if args.save.suffix not in (".json", ".html"):
+                raise ValueError(f"--save takes a .json or .html file, not {args.save}")
+            check_target(args.save)
         options = json.loads(args.config.read_text()) if args.config else {}
         if not isinstance(options, dict):
             raise ValueError(f"{args.config} must hold a JSON object of VMoBAConfig's fields")
@@ -113,11 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             options["min_tokens"] = args.min_tokens
         config = VMoBAConfig.from_dict(options)
         found = _explain(args, config) if args.command == "explain" else export(args, lambda: _load(args), config)
+        if args.save:
+            with replacing(args.save) as made:
+                found.save(made)
     except (RewriteError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if args.save:
-        found.save(args.save)
     return 0 if found.rewritten else 1
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from . import profit
 from .bench_measure import LEAST_TURNS, WARM_UPS, Row, Setup, Timer, dense_attention, densities, measure, time_in_turns
 from .blocks import SCHEMES
+from .files import check_target, replacing
 from .kernels.partition import Triple
 
 # From 560 to 119,808 tokens, in the shapes of videos.
@@ -66,12 +67,14 @@ def run(args: argparse.Namespace, *, timer: Timer = time_in_turns) -> int:
 
     Raises:
         ValueError: arguments that do not go together, or a calibration file that must not be overwritten.
-        OSError: a file cannot be written.
+        ExportError, OSError: a file cannot be written.
     """
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json names {args.json}, whose folder does not exist; make it first")
+    if args.json:
+        check_target(args.json)
     return (_calibrate if args.calibrate else _compare)(args, device, timer, console)
 
 
@@ -241,5 +244,6 @@ def _facts(setup: Setup, dense_name: str) -> dict[str, Any]:
 
 def _save(path: Path | None, facts: dict[str, Any], console: Console) -> None:
     if path:
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+        with replacing(path) as made:
+            made.write_text(json.dumps(facts, indent=1) + "\n")
         console.print(f"wrote {path}", soft_wrap=True)

@@ -247,7 +247,7 @@ def test_what_was_there_stays_where_an_export_fails(tmp_path):
 
 
 def test_a_file_and_its_weights_are_replaced_together(tmp_path, monkeypatch):
-    from vmoba_compile.deploy import files
+    from vmoba_compile import files
     from vmoba_compile.deploy import onnx as module
 
     path, weights = tmp_path / "video.onnx", tmp_path / "video.onnx.data"

@@ -58,6 +58,10 @@ WRONG = {
     "no such module": (["explain", "no_such_module:make"], "cannot load 'no_such_module:make'"),
     "no model": (["explain", "json:dumps"], ""),
     "saved as what": (["explain", "tiny-wan", "--save", "report.txt"], "--save takes a .json or .html file"),
+    "saved in a file": (
+        ["explain", "tiny-wan", "--save", f"{__file__}/report.json"],
+        "is not a folder; give another path",
+    ),
     "no config file": (["explain", "tiny-wan", "--config", "missing.json"], "missing.json"),
     "wrong grid": (["explain", "tiny-wan", "--grid", "3x3x3"], "grid=(3, 3, 3) has 27 tokens, but the video has 192"),
 }
@@ -68,6 +72,20 @@ def test_wrong_use(capsys, argv, message):
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("python -m vmoba_compile: ") and message in err and "Traceback" not in err
+
+
+def test_a_report_is_written_whole_or_not_at_all(capsys, tmp_path, monkeypatch):
+    saved = tmp_path / "report.json"
+    saved.write_text("older")
+
+    def half(self, path):
+        path.write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Report, "save", half)
+    assert main(["explain", "tiny-wan", "--min-tokens", "0", "--save", str(saved)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert saved.read_text() == "older" and list(tmp_path.iterdir()) == [saved]
 
 
 def test_a_grid_that_is_none(capsys):

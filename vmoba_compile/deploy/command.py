@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..config import VMoBAConfig
+from ..files import check_target, folder_beside
 from ..passes import Report
 from .engine import build_engine
-from .files import check_target, folder_beside
 from .onnx import OPSETS, export_onnx, weights_path
 from .package import export_package
 from .program import tensors_of

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..backend import warn
+from ..files import check_target, replacing
 from ..passes import ExportError
-from .files import check_target, replacing
 from .progress import Steps
 from .tensorrt_library import PLUGINS, Library, find_library, plain
 

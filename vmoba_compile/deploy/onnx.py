@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 
 from ..backend import warn
 from ..config import VMoBAConfig
+from ..files import check_target, replacing
 from ..kernels.partition import Geometry, Triple
 from ..passes import ExportError, Report
 from ..passes.builder import Builder
 from ..passes.sizes import size_of, value_of
-from .files import check_target, replacing
 from .onnx_body import Rule, body_bytes, functions
 from .program import Captured, capture, configured, first_line, options_of, relative_error, tensors_of
 from .progress import Steps
@@ -120,7 +120,7 @@ def export_onnx(
         path: of the file. Weights go to ``<path>.data`` beside it where ``external_data`` says so (None: where the file
             would pass 1.5 GB). Files that are there stay as they are until the new ones are complete and have been run,
             and where anything fails. Then the weights are moved to their place, and the file in one step after them, so
-            that it never stands without its weights; see :func:`~vmoba_compile.deploy.files.replacing` for what a process
+            that it never stands without its weights; see :func:`~vmoba_compile.files.replacing` for what a process
             that is killed between the two leaves. Older weights are not removed where the new file needs none.
         config, grid, strict, expect: as for :func:`vmoba_compile.optimize`.
         dynamic_shapes: of ``torch.export.export``: which sizes of the inputs may change.

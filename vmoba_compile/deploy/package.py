@@ -25,10 +25,10 @@ from torch.export import ExportedProgram
 from .._version import __version__
 from ..backend import _sound
 from ..config import VMoBAConfig
+from ..files import check_target, replacing
 from ..kernels.partition import Triple
 from ..passes import ExportError, Report
 from ..passes.recognise import module_path
-from .files import check_target, replacing
 from .program import Captured, capture, configured, first_line, relative_error, tensors_of
 from .replay import DYNAMIC, Replays
 

@@ -25,10 +25,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..config import VMoBAConfig
+from ..files import check_target, replacing
 from ..kernels.partition import Triple
 from ..passes import ExportError, Report
 from ..passes.recognise import module_path
-from .files import check_target, replacing
 from .program import capture, first_line, relative_error, tensors_of
 from .progress import Steps
 from .tensorrt_library import plain

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from vmoba_compile import ExportError
-from vmoba_compile.deploy import files
-from vmoba_compile.deploy.files import check_target, folder_beside, replacing
+from vmoba_compile import ExportError, files
+from vmoba_compile.files import check_target, folder_beside, replacing
 
 
 def contents(folder):
@@ -106,7 +105,7 @@ def test_where_nothing_was_nothing_stays(tmp_path, moves, fail_at):
 KILLED = """
 import os, sys
 from pathlib import Path
-from vmoba_compile.deploy.files import replacing
+from vmoba_compile.files import replacing
 at, count, move = int(sys.argv[2]), 0, os.replace
 def replace(source, target):
     global count

@@ -1,4 +1,4 @@
-"""How artefacts are written: a file appears under its name whole, or what was there stays."""
+"""How files are written: a file appears under its name whole, or what was there stays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..passes import ExportError
+from .passes import ExportError
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
