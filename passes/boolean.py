@@ -9,12 +9,11 @@ from torch import fx
 
 from .builder import Builder
 from .effects import check_undisturbed, is_disturbed
-from .reading import FLOATS, FLOOR, Mask, Unread, argument, called, number_of, where_of
+from .reading import CASTS, FLOATS, FLOOR, Mask, Unread, argument, called, number_of, where_of
 from .report import Reason
 from .sizes import shape_of, value_of
 
 aten = torch.ops.aten
-_CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"])
 _VIEWS = frozenset(
     ["unsqueeze", "squeeze", "view", "reshape", "getitem", "expand", "transpose", "permute", "contiguous", "clone",
      "slice", "select", "alias", "flatten", "unflatten", "repeat_interleave"]
@@ -82,7 +81,7 @@ def _kept(builder: Builder, node: fx.Node, scale: float, until: fx.Node) -> fx.N
     if writer or not called(node):
         return None
     name, first = called(node), argument(node, 0, "input", "self")
-    if name in _CASTS and isinstance(first, fx.Node):
+    if name in CASTS and isinstance(first, fx.Node):
         return _kept(builder, first, scale, node) if _floating(first) and _floating(node) else None
     if name in _VIEWS and isinstance(first, fx.Node):
         inner = _kept(builder, first, scale, node) if _floating(first) and _dtype(first) == _dtype(node) else None
@@ -145,7 +144,7 @@ def _was_bool(builder: Builder, node: fx.Node, until: fx.Node) -> fx.Node | None
     """The bool tensor that was cast to numbers."""
     while _dtype(node) != torch.bool:
         given = argument(node, 0, "input", "self")
-        cast = called(node) in _CASTS | {"int", "long"} and isinstance(given, fx.Node)
+        cast = called(node) in CASTS | {"int", "long"} and isinstance(given, fx.Node)
         if not cast or is_disturbed([node], node, until, builder.writers):
             return None
         assert isinstance(given, fx.Node)

@@ -15,23 +15,20 @@ from typing import cast
 import torch
 from torch import fx
 
-from .effects import check_undisturbed, is_disturbed, is_live
+from .effects import check_undisturbed, is_live
 from .labels import CHANNELS, KEYS, QUERIES, VALUES, Dims, Labels
 from .names import name_of
 from .products import BROADCAST, Product, product_of
-from .reading import FLOATS, FLOOR, Mask, Operand, Reading, Unread, argument, called, number_of, where_of
+from .reading import CASTS, FLOOR, Mask, Operand, Reading, Unread, argument, called, is_floating, number_of, where_of
 from .report import Reason
 from .sizes import ONE, same, shape_of, value_of
+from .softmax import Ends, ends_of
 
-SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax"])
-_CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"])
-_SAME = _CASTS | {"contiguous", "clone"}
+_SAME = CASTS | {"contiguous", "clone"}
 _VIEWS = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
 _SWAPS = frozenset(["transpose", "swapaxes", "swapdims", "mT", "permute"])
 _SCALES = frozenset(["mul", "mul_", "div", "div_", "multiply", "divide", "true_divide", "neg"])
-_DIVISIONS = frozenset(["div", "div_", "divide", "true_divide"])
 _MASKS = frozenset(["add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where"])
-_SHIFTS = _CASTS | {"detach", "getitem", "values"}
 _DROPOUT = frozenset(["dropout", "dropout_", "alpha_dropout", "feature_dropout"])
 _STEPS = _SAME | _VIEWS | _SWAPS
 _SWITCHES = frozenset(["_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"])
@@ -41,7 +38,7 @@ ON_THE_WAY = _STEPS | _SCALES | _MASKS | _DROPOUT
 
 def read(node: fx.Node) -> Reading:
     """The attention around a softmax or exp. Raises :class:`Unread` where it is not one, or not understood."""
-    ends = _ends(node)
+    ends = ends_of(node)
     chain = _up(ends.scores, ends.reader)
     if chain is None:
         raise Unread(f"the scores of {name_of(node)} are no product of queries and keys that is understood")
@@ -62,114 +59,6 @@ def read(node: fx.Node) -> Reading:
     _undisturbed(reading, product.node, [*operands, *state.read])
     reading.scale = state.scale
     return reading
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Where the scores come in and the weights come out; ``sum`` divides the result where it does not the weights."""
-
-    scores: fx.Node
-    reader: fx.Node
-    dim: int
-    weights: fx.Node
-    sum: fx.Node | None = None
-    inside: tuple[fx.Node, ...] = ()
-
-
-def _ends(node: fx.Node) -> _Ends:
-    if name_of(node) in SOFTMAX:
-        dim, scores = argument(node, 1, "dim"), argument(node, 0, "input", "self")
-        if not isinstance(dim, int) or not isinstance(scores, fx.Node):
-            raise Unread("softmax without a dim")
-        return _Ends(scores, node, dim, node)
-    return _exponential(node)
-
-
-def _exponential(node: fx.Node) -> _Ends:
-    """``exp(x - max(x)) / sum``, the maximum or the division before the product left out or not."""
-    shifted = argument(node, 0, "input", "self")
-    if not isinstance(shifted, fx.Node):
-        raise Unread("exp of no tensor")
-    scores, reader, inside = shifted, node, [shifted]
-    peak_dim = None
-    peak = _peak(shifted)
-    if peak is not None:
-        scores, reader, inside = peak.of, shifted, [shifted, *peak.nodes]
-        if peak.whole:
-            return _Ends(scores, reader, peak.dim, node, inside=tuple(inside))
-        peak_dim = peak.dim
-    sums = [user for user in node.users if called(user) == "sum"]
-    if len(sums) != 1:
-        raise Unread("an exp without one sum of it")
-    (total,) = sums
-    dim = _kept_dim(total)
-    if dim is None or not _is_floating(total):
-        raise Unread("an exp whose sum is not over one dimension that is kept")
-    rank = len(shape_of(node) or [])
-    if peak_dim is not None and peak_dim % rank != dim % rank:
-        raise Unread("an exp shifted by a maximum over another dimension than that of its sum")
-    inside.append(total)
-    (division, *others) = total.users or [node]
-    if (
-        others
-        or called(division) not in _DIVISIONS
-        or argument(division, 1, "other") is not total
-        or division.kwargs.get("rounding_mode") is not None
-    ):
-        raise Unread("an exp whose sum is used otherwise than to divide")
-    if argument(division, 0, "input", "self") is node:
-        return _Ends(scores, reader, dim, division, inside=tuple(inside))
-    return _Ends(scores, reader, dim, node, sum=total, inside=tuple(inside))
-
-
-@dataclass(frozen=True)
-class _Peak:
-    """What scores are shifted by before their exp; ``whole`` where that leaves nothing to divide by."""
-
-    of: fx.Node
-    dim: int
-    whole: bool
-    nodes: list[fx.Node]
-
-
-def _peak(shifted: fx.Node) -> _Peak | None:
-    """The maximum or logsumexp of the scores, over one dimension that is kept, that is subtracted from them."""
-    scores, node = argument(shifted, 0, "input", "self"), argument(shifted, 1, "other")
-    if called(shifted) not in ("sub", "sub_") or shifted.kwargs.get("alpha", 1) != 1 or not isinstance(node, fx.Node):
-        return None
-    found = [node]
-    while called(found[-1]) in _SHIFTS:
-        before = argument(found[-1], 0, "input", "self")
-        if not isinstance(before, fx.Node):
-            return None
-        found.append(before)
-    *since, last = found
-    names, dim = [called(x) for x in since], _kept_dim(last)
-    first = [x for x in since if called(x) in ("getitem", "values")]
-    if dim is None or argument(last, 0, "input", "self") is not scores or not isinstance(scores, fx.Node):
-        return None
-    if is_disturbed([scores], last, shifted):
-        return None
-    if called(last) == "logsumexp":
-        # The gradient of the softmax flows through it.
-        plain = not first and "detach" not in names and all(map(_is_floating, found))
-        return _Peak(scores, dim, True, found) if plain else None
-    # Any shift along the dimension would do, and a maximum of one tensor is a pair.
-    pair = called(last) == "max" and first == since[-1:] and argument(since[-1], 1) in (0, "values")
-    return _Peak(scores, dim, False, found) if pair or (called(last) == "amax" and not first) else None
-
-
-def _kept_dim(node: fx.Node) -> int | None:
-    """The one dimension that a reduction runs over and keeps."""
-    dims = argument(node, 1, "dim")
-    dims = list(dims) if isinstance(dims, (tuple, list)) else [dims]
-    kept = argument(node, 2, "keepdim") is True
-    return dims[0] if kept and len(dims) == 1 and isinstance(dims[0], int) else None
-
-
-def _is_floating(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.dtype in FLOATS
 
 
 def _same_dtype(*nodes: fx.Node) -> bool:
@@ -293,7 +182,7 @@ class _State:
     def take(self, step: fx.Node) -> None:
         self.step = step
         name, labels = name_of(step), self.reading.labels
-        if not _is_floating(step) or (name in _STEPS - _CASTS and not _same_dtype(step, self.previous)):
+        if not is_floating(step) or (name in _STEPS - CASTS and not _same_dtype(step, self.previous)):
             raise Unread(f"{name} of the scores as another type")
         if name in _VIEWS:
             dims = labels.reshape(self.dims, shape_of(step) or [], (QUERIES, KEYS))
@@ -434,7 +323,7 @@ def _permuted(step: fx.Node, dims: Dims) -> Dims:
 # Downwards
 
 
-def _down(ends: _Ends, state: _State) -> tuple[fx.Node, list[fx.Node]]:
+def _down(ends: Ends, state: _State) -> tuple[fx.Node, list[fx.Node]]:
     """The result of the product with the values, and the steps on the way to it."""
     reading = state.reading
     state.weights, state.previous = True, ends.weights

@@ -14,6 +14,7 @@ from .report import Reason
 from .sizes import memory_of, value_of
 
 FLOATS = frozenset([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"])
 FLOOR = -1e4  # a score below this has no weight beside any other
 
 
@@ -79,6 +80,12 @@ def argument(node: fx.Node, index: int, *names: str) -> object:
     if index < len(node.args):
         return node.args[index]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
+
+
+def is_floating(node: fx.Node) -> bool:
+    """True for a tensor of real numbers of a type that attention is computed in."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.dtype in FLOATS
 
 
 def where_of(node: fx.Node) -> tuple[object, object, object]:

@@ -11,10 +11,11 @@ from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
 from .calls import LIBRARY, SDPA
-from .handwritten import ON_THE_WAY, SOFTMAX
+from .handwritten import ON_THE_WAY
 from .names import is_elementwise, name_of
 from .products import PRODUCTS
 from .sizes import shape_of, value_of
+from .softmax import SOFTMAX
 
 MODULES = frozenset(["multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"])
 _PASSES = ON_THE_WAY | SOFTMAX | {"expand"}
