@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -217,6 +218,31 @@ def test_recorded_launches(tmp_path, dtype):
     given[0].normal_()
     graph.replay()
     assert_same(found, model(*given))
+
+
+class Parts(torch.nn.Module):
+    """Attention over parts of larger tensors, which begin anywhere."""
+
+    def forward(self, q, masks):
+        q = q[:, 3:].unflatten(1, (2, -1, 64))
+        some = torch.sort(masks[:1] & masks[1:], -1)[0]
+        last = masks[:1] | masks[1:]  # in one piece of memory with the one before it
+        both = torch.sort(torch.cat([some, last]), -1)[0]
+        return both, *(attention(q, q, q, (4, 8, 9), block=(2, 4, 3), prefix=5, key_mask=x) for x in (masks[1:], last))
+
+
+@pytest.mark.slow
+def test_inputs_that_begin_between_the_addresses_of_the_launches(tmp_path):
+    """In whichever thread."""
+    tokens, model = 4 * 8 * 9 + 5, Parts()
+    given = torch.randn(1, 3 + 2 * tokens * 64, device="cuda", dtype=BF16), torch.rand(2, tokens, device="cuda") < 0.8
+    package = export_package(model, given, path=tmp_path / "model.pt2")
+    loaded, expected, found = package.load(), model(*given), []
+    worker = threading.Thread(target=lambda: found.extend(loaded(*given)))
+    worker.start()
+    worker.join()
+    assert_same(found, expected)
+    assert_same(loaded(*given), expected)
 
 
 @pytest.mark.slow

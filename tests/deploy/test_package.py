@@ -92,20 +92,24 @@ def test_an_implementation_asked_for_by_name_is_not_exchanged(as_on_gpu):
 class Unrecorded(Replays):
     """On a GPU whose launches cannot be recorded."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str | Exception) -> None:
         super().__init__(torch.device("cpu"))
         self.reason = reason
 
     def exchange(self, node):
-        if not self.reason:
-            raise ValueError("it takes float16 and bfloat16, not torch.float32")
+        if isinstance(self.reason, Exception):
+            raise self.reason
         return self.reason
 
 
 def test_portable_kernels_for_fixed_sizes_are_told(as_on_gpu):
-    program = capture(Attention(), (torch.randn(1, 24, 16),)).program
-    with pytest.warns(UserWarning, match="has the portable kernels for the attention at .*: no luck"):
-        assert replace_operators(program, Unrecorded("no luck")) == 1
+    model = nn.Sequential(Attention(), Attention())
+    program = capture(model, (torch.randn(1, 24, 16),)).program
+    with pytest.warns(UserWarning) as warned:
+        assert replace_operators(program, Unrecorded("no luck")) == 2
+    assert [str(x.message) for x in warned] == [
+        "the package has the portable kernels for the attention at 0, 1: no luck"
+    ]
     program = capture(Attention(), (torch.randn(1, 24, 16),)).program
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,7 +121,11 @@ def test_portable_kernels_for_fixed_sizes_are_told(as_on_gpu):
     [
         (None, "recorded launches alone: launches are not recorded in such a package; leave it at 'auto'"),
         (Unrecorded(DYNAMIC), "recorded launches alone: its sizes are dynamic; leave it at 'auto'"),
-        (Unrecorded(""), "cannot hold the attention at .*: it takes float16 and bfloat16"),
+        (Unrecorded(ValueError("it takes no float32")), "cannot hold the attention at .*: it takes no float32"),
+        (
+            Unrecorded(RuntimeError("a fault\nin line 3")),
+            "the attention at .* cannot run on this GPU: RuntimeError: a fault$",
+        ),
     ],
 )
 def test_hoppers_kernel_is_not_exchanged(as_on_gpu, replays, message):
@@ -130,8 +138,9 @@ def test_hoppers_kernel_is_not_exchanged(as_on_gpu, replays, message):
 
 
 def test_launches_are_recorded_for_packages_that_are_built_here():
-    built = package._built_elsewhere
+    built, options = package._built_elsewhere, torch._inductor.config.get_config_copy()
     assert not built({}) and built({"aot_inductor.package_cpp_only": True})
+    assert all(name in options and built({name: "windows"}) for name in package._ELSEWHERE)
     with torch._inductor.config.patch({"aot_inductor.emit_multi_arch_kernel": True}):
         assert built({}) and not built({"aot_inductor.emit_multi_arch_kernel": False})
 

@@ -6,15 +6,19 @@ The runtime runs against a driver that only tells what it is asked for; on a GPU
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from fake_kernels import array_at
 from vmoba_compile.kernels import implementations
 from vmoba_compile.kernels.launches import Place, Plan, Step
 from vmoba_compile.kernels.partition import Geometry
@@ -105,9 +109,10 @@ def run(tmp_path_factory) -> Callable[..., tuple[int, list[str], str]]:
     # Arguments of the kernels above, shape and strides of the tensor map and two of Triton's own; the last are not read.
     subprocess.run([compiler, *flags, "-DARGUMENTS=4", "-w", str(HARNESS), "-o", str(folder / "replayed")], check=True)
 
-    def run(stride: int = 48, address: int = 16, plan: int = 0, gpu: int = 132) -> tuple[int, list[str], str]:
+    def run(stride: int = 48, address: int = 16, plan: int = 0, **settings: int) -> tuple[int, list[str], str]:
         words = [str(folder / "replayed"), str(stride), str(address), str(plan)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env={"MULTIPROCESSORS": str(gpu)})
+        told = {name: str(value) for name, value in settings.items()}
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=told)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -140,15 +145,32 @@ def test_the_driver_is_asked_for_what_was_recorded(run):
             {"stride": 96},
             "q has the sizes and strides [1, 2, 6, 8] [7, 96, 8, 1], and the launches were recorded for [1, 2, 6, 8] [96,",
         ),
-        ({"address": 24}, "q does not begin at a multiple of 16 bytes"),
-        ({"gpu": 114}, "made on a GPU with 132 multiprocessors, and this one has 114"),
+        ({"MULTIPROCESSORS": 114}, "made on a GPU with 132 multiprocessors, and this one has 114"),
+        ({"CONTEXT": 2}, "the inputs are on cuda:1, and the package runs on cuda:2"),
+        ({"NO_FUNCTION": 1}, "small: a fault"),
         ({"plan": 1}, "small: a fault"),
+        ({"plan": 1, "address": 24}, "small: a fault"),
     ],
 )
 def test_what_is_not_as_it_was_recorded_is_refused(run, changed, message):
     status, told, errors = run(**changed)
     assert status == 3 and message in errors
-    assert sum(line.startswith("allocate") for line in told) == sum(line.startswith("free") for line in told)
+    assert sum(line.startswith(("allocate", "copy")) for line in told) == sum(line.startswith("free") for line in told)
+    assert ("unload 1" in told) == ("NO_FUNCTION" in changed)
+
+
+def test_an_address_between_is_copied(run):
+    """Whose address a call alone knows, whatever the launches were recorded for."""
+    status, told, errors = run(address=24)
+    assert (status, errors, told[0]) == (0, "", "copy 0x18")
+    launches = [number for number, line in enumerate(told) if line.startswith("launch")]
+    assert ": 0x20000 " in told[launches[0]]
+    assert launches[2] < told.index("free 0x20000") < launches[3]  # the second call's
+
+
+def test_a_thread_that_has_not_used_the_gpu(run):
+    status, told, errors = run(CONTEXT=0)
+    assert (status, errors) == (0, "") and told[0] == "retain 1" and told.count("retain 1") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +226,27 @@ def test_options_of_a_call_are_all_that_its_operator_takes(name, given):
     options = options_of(node)
     assert options.keys() == {x.name for x in parameters if x.kind is x.KEYWORD_ONLY} - {"run"}
     assert options == options | given | {"implementation": "auto", "tile": 0}
+
+
+def test_the_run_in_python_hands_over_aligned_memory():
+    """While Inductor compiles."""
+    q = torch.randn(900).as_strided((1, 2, 6, 8), (288, 144, 24, 1), storage_offset=3)
+    mask = torch.empty(0, dtype=torch.bool)
+    seen = []
+
+    class Reader(Plan):
+        def replay(self, inputs):
+            seen.extend(inputs)
+            words = 144 + 5 * 24 + 8  # from the first head's first number to the last one's last
+            seen.append(torch.tensor(array_at(inputs[0], numpy.float32)(words)))
+            return torch.empty(0)
+
+    replays = replay.Replays(torch.device("cpu"))
+    replays.plans, replays.inputs = [Reader(**vars(a_plan()))], [(q, q, mask)]
+    with replays.compiling():
+        replay._replay(q, q, mask, 24, 1, 0)
+    assert q.data_ptr() % 16 and not any(address % 16 for address in seen[:2])
+    assert torch.equal(seen[-1].as_strided(q.shape, q.stride()), q)
 
 
 class TestExchange:
@@ -278,10 +321,9 @@ class TestExchange:
         "change",
         [
             lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-            lambda x: torch.cat([x, x], 3)[..., 5:21],
             lambda x: x[:, :1].expand(-1, 2, -1, -1),
         ],
-        ids=["rows with gaps", "an address that is not aligned", "one head for all"],
+        ids=["rows with gaps", "one head for all"],
     )
     def test_copied_first(self, recorded, change):
         """As the operators' own code does before it launches anything."""
@@ -294,18 +336,33 @@ class TestExchange:
                 assert node.args[1].op == "placeholder"
         made.graph.lint()
 
+    def test_where_a_tensor_begins_makes_no_other_plan(self, recorded):
+        made = self.graph(lambda x: torch.cat([x, x], 3)[..., 5:21], layers=1)
+        replays, done = self.exchange(made)
+        assert done == ["", ""] and replays.inputs[0][0].stride() == (1536, 768, 32, 1)
+        assert not any(node.target is torch.ops.aten.clone.default for node in made.graph.nodes)
+
     def test_a_mask_for_all_samples(self, recorded):
         made = self.graph(layers=1, mask=lambda: torch.empty(1, 24, dtype=torch.bool).expand(2, 24), batch=2)
         replays, done = self.exchange(made)
         assert done == ["", ""] and [x.stride() for x in (replays.inputs[0][2], replays.inputs[1][4])] == [(24, 1)] * 2
 
-    def test_too_little_memory_to_record(self, monkeypatch):
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton: [CUDA]: out of memory")])
+    def test_too_little_memory_to_record(self, monkeypatch, error):
         def fail(*_):
-            raise torch.OutOfMemoryError("full")
+            raise error
 
         monkeypatch.setattr(replay.Replays, "_record", fail)
         _, done = self.exchange(self.graph())
         assert len(done) == 4 and all("too little of the GPU's memory" in reason for reason in done)
+
+    def test_launches_that_fail(self, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("an illegal memory access")
+
+        monkeypatch.setattr(replay.Replays, "_record", fail)
+        with pytest.raises(RuntimeError, match="an illegal"):
+            self.exchange(self.graph())
 
     def test_a_plan_that_only_triton_can_do(self, monkeypatch):
         bad = step(compiled("pairs", {"x": "*bf16"}, num_ctas=2), (1, 1, 1), [0], [(0, 0)])
@@ -313,3 +370,73 @@ class TestExchange:
         replays, done = self.exchange(self.graph())
         assert all("has clusters" in reason for reason in done) and not replays.plans
         assert not replays.declarations(Path("unused"))
+
+
+class Parts(torch.nn.Module):
+    """Attentions whose inputs begin in the middle of memory that is more than theirs."""
+
+    def forward(self, flat, masks):
+        geometry = Geometry((2, 3, 4), (1, 3, 2))
+        sizes = (*geometry.grid, *geometry.block, 0, 0)
+        q = flat[:, 3 : 3 + 768].view(1, 2, 24, 16)
+        # What a sort takes is made in one piece of memory, the second mask of it after the first.
+        some = torch.sort(masks[:1] & masks[1:], -1)[0]
+        last = masks[:1] | masks[1:]
+        both = torch.sort(torch.cat([some, last]), -1)[0]
+        results = []
+        for mask in (masks[1:], last):
+            words = torch.ops.vmoba.select(q, q, mask, *sizes, pool="overall", mode="threshold", threshold=0.5, topk=0)
+            out, _ = torch.ops.vmoba.attention(q, q, q, words, mask, *sizes, scale=0.3, threshold=0.5)
+            results.append(out)
+        return (*results, both)
+
+
+@pytest.mark.slow
+def test_what_inductor_hands_over(tmp_path, monkeypatch):
+    """A package of real torch.export and Inductor, on the CPU: the driver alone is another."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    import triton
+
+    starts = compiled("starts", {"q": "*bf16", "mask": "*i1", "n": "i32"})
+
+    def record(self, node, values, sizes):
+        results = node.meta["val"] if isinstance(node.meta["val"], tuple) else (node.meta["val"],)
+        outputs = tuple((x.shape, x.dtype) for x in results)
+        places = (Place(0, 0), Place(len(values) - 1, 0))
+        steps = (step(starts, (1, 1, 1), [0, 0, 7], [(0, 0), (1, 1)]),)
+        plan = Plan(torch.device("cpu"), outputs, len(outputs) == 1, 64, 64, places, (), steps)
+        return plan, tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in values)
+
+    runtime = replay.RUNTIME.read_text().replace("_cuda_replay", "_cpu_replay").replace("type_cuda()", "type_cpu()")
+    stream = "AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** to) { return *to = nullptr, 0; }"
+    handles = "#include <torch/csrc/inductor/aoti_torch/c/shim.h>"
+    (tmp_path / "runtime.hpp").write_text(
+        f'#define ARGUMENTS 3\n{handles}\n#include "{HARNESS.with_name("driver.hpp")}"\n'
+        f'extern "C" __attribute__((visibility("hidden"))) {stream}\n{runtime}'
+    )
+    declarations = {op: text.replace("_cuda_", "_cpu_") for op, text in replay._DECLARATIONS.items()}
+    monkeypatch.setattr(replay, "RUNTIME", tmp_path / "runtime.hpp")
+    monkeypatch.setattr(replay, "_DECLARATIONS", declarations)
+    monkeypatch.setattr(replay.Replays, "_record", record)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(Path(triton.__file__).parent / "backends" / "nvidia" / "include"))
+    given = torch.randn(1, 776, dtype=BF16), torch.rand(2, 24) < 0.5
+    program = torch.export.export(Parts(), given)
+    replays = replay.Replays(torch.device("cpu"))
+    operators = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
+    assert [replays.exchange(node) for node in program.graph.nodes if node.target in operators] == [""] * 4
+    assert len(replays.plans) == 2
+    options = {"aot_inductor.custom_ops_to_c_shims": replays.declarations(tmp_path)}
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2"), inductor_configs=options
+        )
+    torch.save(given, tmp_path / "inputs.pt")
+    run = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])(*torch.load(sys.argv[2]))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", run, package, str(tmp_path / "inputs.pt")],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"CONTEXT": "-1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    launched = [line.split(": ")[1].split() for line in done.stdout.splitlines() if line.startswith("launch")]
+    assert len(launched) == 4 and not any(int(address, 16) % 16 for line in launched for address in line[:2])

@@ -36,6 +36,10 @@ METADATA = "vmoba_compile"  # the key of what a package tells of itself
 LOADER = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
 
 _SHIMS = "aot_inductor.custom_ops_to_c_shims"
+_ELSEWHERE = (
+    "aot_inductor.package_cpp_only", "aot_inductor.emit_multi_arch_kernel", "aot_inductor.cross_target_platform",
+    "aot_inductor_mode.compile_standalone",
+)  # fmt: skip
 _OPERATORS = (torch.ops.vmoba.select.default, torch.ops.vmoba.attention.default)
 
 
@@ -175,8 +179,10 @@ def replace_operators(program: ExportedProgram, replays: Replays | None = None) 
     """Put recorded launches in place of the opaque operators, or else the inline operators; how many attentions there were.
 
     Raises:
-        ExportError: an operator has neither form.
+        ExportError: an operator has neither form, or cannot run.
     """
+    from triton.errors import TritonError
+
     from ..kernels import inline
 
     operators = torch.ops.vmoba
@@ -184,7 +190,7 @@ def replace_operators(program: ExportedProgram, replays: Replays | None = None) 
         operators.select.default: operators.select_inline.default,
         operators.attention.default: operators.attention_inline.default,
     }
-    done = 0
+    done, portable = 0, dict[str, list[str]]()
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.target not in forms:
             continue
@@ -204,6 +210,8 @@ def replace_operators(program: ExportedProgram, replays: Replays | None = None) 
             reason = replays.exchange(node) if replays else "launches are not recorded in such a package"
         except ValueError as error:
             raise ExportError(f"a package cannot hold the attention at {path}: {error}") from error
+        except (RuntimeError, TritonError) as error:
+            raise ExportError(f"the attention at {path} cannot run on this GPU: {first_line(error)}") from error
         if not reason:
             continue
         if implementation == "hopper":
@@ -212,18 +220,19 @@ def replace_operators(program: ExportedProgram, replays: Replays | None = None) 
                 f" {reason}; leave it at 'auto'"
             )
         if replays and reason != DYNAMIC:
-            warnings.warn(f"the package has the portable kernels for the attention at {path}: {reason}", stacklevel=3)
+            portable.setdefault(reason, []).append(path)
         node.target, node.kwargs = forms[node.target], kwargs
+    for reason, paths in portable.items():
+        places = ", ".join(dict.fromkeys(paths))
+        warnings.warn(f"the package has the portable kernels for the attention at {places}: {reason}", stacklevel=3)
     program.graph_module.recompile()
     return done
 
 
 def _built_elsewhere(options: Mapping[str, Any]) -> bool:
     """Whether what is generated is to be built elsewhere or for other GPUs: launches are recorded for this one."""
-    return any(
-        options.get(f"aot_inductor.{name}", getattr(torch._inductor.config.aot_inductor, name, False))
-        for name in ("package_cpp_only", "compile_standalone", "emit_multi_arch_kernel")
-    )
+    chosen = torch._inductor.config.get_config_copy() | dict(options)
+    return any(chosen.get(name) for name in _ELSEWHERE)
 
 
 def _checked(path: str | Path) -> Path:

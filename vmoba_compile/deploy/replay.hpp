@@ -16,6 +16,8 @@
 namespace vmoba_replay {
 namespace {
 
+constexpr uint64_t ALIGNMENT = 16;  // bytes: what the kernels were compiled for
+
 struct Kernel {
   const char* name;
   const unsigned char* image;  // cubin
@@ -76,7 +78,17 @@ void check(AOTITorchError status, const char* what) {
   if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string(what) + " failed");
 }
 
-// A kernel on the current device, loaded when it is first needed.
+CUfunction function_of(CUmodule module, const Kernel& kernel) {
+  CUfunction made;
+  check(cuModuleGetFunction(&made, module, kernel.name), kernel.name);
+  if (kernel.shared > 48 * 1024) {
+    check(cuFuncSetCacheConfig(made, CU_FUNC_CACHE_PREFER_SHARED), kernel.name);
+    check(cuFuncSetAttribute(made, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared), kernel.name);
+  }
+  return made;
+}
+
+// A kernel on the current device, loaded when it is first needed and kept until the process ends.
 CUfunction function(int device, int number) {
   static std::mutex lock;
   static std::map<std::pair<int, int>, CUfunction> loaded;
@@ -85,14 +97,13 @@ CUfunction function(int device, int number) {
   if (!found) {
     const Kernel& kernel = kernels()[number];
     CUmodule module;
-    CUfunction made;
     check(cuModuleLoadData(&module, kernel.image), kernel.name);
-    check(cuModuleGetFunction(&made, module, kernel.name), kernel.name);
-    if (kernel.shared > 48 * 1024) {
-      check(cuFuncSetCacheConfig(made, CU_FUNC_CACHE_PREFER_SHARED), kernel.name);
-      check(cuFuncSetAttribute(made, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared), kernel.name);
+    try {
+      found = function_of(module, kernel);
+    } catch (...) {
+      cuModuleUnload(module);
+      throw;
     }
-    found = made;
   }
   return found;
 }
@@ -103,6 +114,9 @@ struct Tensor {  // owns what it holds, unless it is handed on
     check(aoti_torch_empty_strided(layout.sizes.size(), layout.sizes.data(), layout.strides.data(), layout.dtype,
                                    aoti_torch_device_type_cuda(), device, &handle),
           "allocating memory");
+  }
+  explicit Tensor(AtenTensorHandle copied) {
+    check(aoti_torch_clone_preserve_strides(copied, &handle), "copying an input");
   }
   Tensor(Tensor&& other) noexcept : handle(other.release()) {}
   Tensor(const Tensor&) = delete;
@@ -129,8 +143,8 @@ std::string list(const int64_t* numbers, int64_t count) {
   return text + "]";
 }
 
-// What the launches were recorded for; sizes of 1 have any stride.
-void expect(AtenTensorHandle tensor, const Layout& layout, const char* name) {
+// Of what the launches were recorded for; sizes of 1 have any stride. Whether there is anything in it.
+bool expect(AtenTensorHandle tensor, const Layout& layout, const char* name) {
   int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
   int32_t dtype = 0;
   check(aoti_torch_get_dim(tensor, &dims), "reading a shape");
@@ -148,8 +162,7 @@ void expect(AtenTensorHandle tensor, const Layout& layout, const char* name) {
     throw std::runtime_error(std::string(name) + " has the sizes and strides" + list(sizes, dims) + list(strides, dims) +
                              ", and the launches were recorded for" + list(layout.sizes.data(), layout.sizes.size()) +
                              list(layout.strides.data(), layout.strides.size()));
-  if (!empty && address(tensor) % 16)
-    throw std::runtime_error(std::string(name) + " does not begin at a multiple of 16 bytes; give it memory of its own");
+  return !empty;
 }
 
 CUtensorMap encode(const Map& map, uint64_t base) {
@@ -160,6 +173,22 @@ CUtensorMap encode(const Map& map, uint64_t base) {
                                map.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, map.fill),
         "describing a tensor");
   return made;
+}
+
+// The launches go to the context of this thread, which has none before it has used the GPU.
+void enter(int device) {
+  CUcontext context = nullptr;
+  check(cuCtxGetCurrent(&context), "reading the device");
+  CUdevice current = 0;
+  if (!context) {
+    check(cuDeviceGet(&current, device), "reading the device");
+    check(cuDevicePrimaryCtxRetain(&context, current), "using the device");
+    check(cuCtxSetCurrent(context), "using the device");
+  }
+  check(cuCtxGetDevice(&current), "reading the device");
+  if (current != device)
+    throw std::runtime_error("the inputs are on cuda:" + std::to_string(device) + ", and the package runs on cuda:" +
+                             std::to_string(current) + "; load it for the inputs' device");
 }
 
 // A cooperative launch needs all its programs at a time: one for each multiprocessor.
@@ -216,10 +245,16 @@ void replay(int64_t number, const std::vector<Input>& inputs, const std::vector<
   void* stream = nullptr;
   check(aoti_torch_get_device_index(inputs[0].tensor, &device), "reading a device");
   check(aoti_torch_get_current_cuda_stream(device, &stream), "reading the stream");
+  enter(device);
   std::vector<uint64_t> areas;
+  std::vector<Tensor> copies;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    expect(inputs[i].tensor, plan.inputs[i], inputs[i].name);
+    const bool full = expect(inputs[i].tensor, plan.inputs[i], inputs[i].name);
     areas.push_back(address(inputs[i].tensor));
+    if (full && areas.back() % ALIGNMENT) {  // part of a larger tensor, from the middle of it
+      copies.emplace_back(inputs[i].tensor);
+      areas.back() = address(copies.back().handle);
+    }
   }
   const auto bytes = [](int64_t count) { return Layout{aoti_torch_dtype_uint8(), {count}, {1}}; };
   std::vector<Tensor> made;

@@ -59,6 +59,7 @@ def _replay(*args: Any) -> Any:
                 f"Inductor hands a tensor {list(x.shape)} with strides {x.stride()} to a VMoBA operator whose launches were"
                 f" recorded for {list(expected.shape)} and {expected.stride()}"
             )
+    tensors = [_aligned(x) for x in tensors]
     with torch.cuda.device_of(tensors[0]):
         return replays.plans[number].replay([x.data_ptr() for x in tensors])
 
@@ -80,6 +81,11 @@ class NotReplayable(Exception):
     """Launches that the driver alone cannot do again."""
 
 
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Of the GPU; PyTorch has an error for it, and Triton has none."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 class Replays:
     """The plans of one package, each once however many layers share it."""
 
@@ -93,7 +99,7 @@ class Replays:
         """Have ``node``, a select or an attention, do recorded launches; why it must do without, empty if it need not.
 
         Raises:
-            ValueError: the named implementation cannot run.
+            ValueError: the named implementation cannot run. RuntimeError: a launch fails.
         """
         inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
         values, sizes = [arg.meta["val"] for arg in inputs], node.args[len(inputs) :]
@@ -152,7 +158,9 @@ class Replays:
                 _Tables([plan], [layouts])
             except NotReplayable as error:
                 self._known[key] = str(error)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _lacks_memory(error):
+                    raise
                 self._known[key] = "its launches were not recorded, for which too little of the GPU's memory is free"
             else:
                 self._known[key] = len(self.plans)
@@ -188,14 +196,23 @@ class Replays:
 
 
 def _suits(x: Tensor) -> bool:
-    """Whether the operators' own code hands ``x`` to the launches as it is, at an address that they may be recorded for.
+    """Whether the operators' own code hands ``x`` to the launches as it is.
 
     What is expanded is not: Inductor may well write it out, and the launches would be for strides of 0.
     """
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
         return False
-    aligned = x.storage_offset() * x.element_size() % POINTER_ALIGNMENT == 0
-    return aligned and (x.stride(-1) == 1 if x.dtype.is_floating_point else x.is_contiguous())
+    return x.stride(-1) == 1 if x.dtype.is_floating_point else x.is_contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy where it begins between the addresses that launches are recorded for.
+
+    Whether it does is known in a call alone: Inductor lays out tensors as it likes and leaves out copies to other addresses.
+    """
+    if x.data_ptr() % POINTER_ALIGNMENT == 0 or not x.numel():
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _invented(x: Tensor, device: torch.device) -> Tensor:
@@ -225,13 +242,16 @@ class _Tables:
                 f" vmoba_image_{number}[];"
             )
             rows.append(_list([f'"{name}"', f"vmoba_image_{number}", *map(str, numbers)]))
+        # A function for each plan: in one for all, a compiler would put every launch of them on the stack at a time.
+        functions = [f"Plan plan_{number}() {{\n  return {plan};\n}}" for number, plan in enumerate(self.plans)]
         return "\n".join(
             [
                 f'#include "{RUNTIME}"',
                 *images,
                 "namespace vmoba_replay {\nnamespace {",
                 _table("Kernel", "kernels", rows),
-                _table("Plan", "plans", self.plans),
+                *functions,
+                _table("Plan", "plans", [f"plan_{number}()" for number in range(len(self.plans))]),
                 "}  // namespace\n}  // namespace vmoba_replay\n",
             ]
         )

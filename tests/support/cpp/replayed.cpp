@@ -1,6 +1,5 @@
 // The runtime of recorded launches with a driver and tensors that do nothing but tell what they are asked for.
-#include <cstdlib>
-
+#include "driver.hpp"
 #include "plans.hpp"
 
 struct Fake {
@@ -11,7 +10,6 @@ struct Fake {
 
 namespace {
 uint64_t next_address = 0x10000;
-int loads = 0;
 Fake* of(AtenTensorHandle tensor) { return reinterpret_cast<Fake*>(tensor); }
 }  // namespace
 
@@ -37,48 +35,15 @@ AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, cons
   std::printf("allocate %ld on %d\n", static_cast<long>(dims ? sizes[0] : 1), device);
   return *to = reinterpret_cast<AtenTensorHandle>(made), 0;
 }
+AOTITorchError aoti_torch_clone_preserve_strides(AtenTensorHandle x, AtenTensorHandle* to) {
+  Fake* made = new Fake(*of(x));
+  made->address = next_address += 0x10000;
+  std::printf("copy %#lx\n", static_cast<long>(of(x)->address));
+  return *to = reinterpret_cast<AtenTensorHandle>(made), 0;
+}
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle x) {
   std::printf("free %#lx\n", static_cast<long>(of(x)->address));
   return delete of(x), 0;
-}
-CUresult cuGetErrorString(CUresult, const char** to) { return *to = "a fault", CUDA_SUCCESS; }
-CUresult cuModuleLoadData(CUmodule* to, const void* image) {
-  std::printf("load %.6s\n", static_cast<const char*>(image));
-  return *to = reinterpret_cast<CUmodule>(static_cast<long>(++loads)), CUDA_SUCCESS;
-}
-CUresult cuModuleGetFunction(CUfunction* to, CUmodule module, const char*) {
-  return *to = reinterpret_cast<CUfunction>(module), CUDA_SUCCESS;
-}
-CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
-CUresult cuFuncSetAttribute(CUfunction run, CUfunction_attribute, int bytes) {
-  std::printf("shared %ld %d\n", reinterpret_cast<long>(run), bytes);
-  return CUDA_SUCCESS;
-}
-CUresult cuCtxGetDevice(CUdevice* to) { return *to = 1, CUDA_SUCCESS; }
-CUresult cuDeviceGetAttribute(int* to, CUdevice_attribute, CUdevice) {
-  const char* count = std::getenv("MULTIPROCESSORS");
-  return *to = count ? std::atoi(count) : 132, CUDA_SUCCESS;
-}
-CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char, size_t bytes, CUstream) {
-  std::printf("zeros %#llx %zu\n", at, bytes);
-  return CUDA_SUCCESS;
-}
-CUresult cuTensorMapEncodeTiled(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* at,
-                                const cuuint64_t* shape, const cuuint64_t* strides, const cuuint32_t* block,
-                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  std::printf("map %p type %d rank %u shape %lu %lu stride %lu block %u %u swizzle %d fill %d\n", at, type, rank,
-              static_cast<long>(shape[0]), static_cast<long>(shape[1]), static_cast<long>(strides[0]), block[0], block[1],
-              swizzle, fill);
-  to->opaque[0] = reinterpret_cast<cuuint64_t>(at);
-  return CUDA_SUCCESS;
-}
-CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction run, void** arguments, void**) {
-  std::printf("launch %ld on %u %u %u threads %u shared %u cooperative %u:", reinterpret_cast<long>(run), how->gridDimX,
-              how->gridDimY, how->gridDimZ, how->blockDimX, how->sharedMemBytes, how->numAttrs);
-  for (int i = 0; i < ARGUMENTS; ++i) std::printf(" %#lx", *static_cast<long*>(arguments[i]));
-  std::printf("\n");
-  return how->gridDimZ == 9 ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
 }
 }
 
