@@ -24,7 +24,7 @@ def bench():
 
 
 def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}):
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
         done = processes.run_script(FOLDER / "several_gpus.py", "--tiny", "--out", out, *words)
     (path,) = out.glob("several_gpus_tiny-*.json")
     return done, json.loads(path.read_text())

@@ -93,8 +93,9 @@ def run_script(script: Path, *words: Any, processes: int = 0, seconds: float = 3
     command = [str(script), *map(str, words)]
     environments = [dict(os.environ)]
     if processes:
-        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        group |= {"LOCAL_WORLD_SIZE": group["WORLD_SIZE"], "OMP_NUM_THREADS": "1"}
+        number = str(processes)
+        group = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         environments = [os.environ | group | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
         files = [[Path(folder, f"{name}-{rank}") for rank in range(len(environments))] for name in ("out", "err")]
