@@ -34,6 +34,6 @@ def test_runs(bench, tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("pass_time_*.json")
     few, more = json.loads(path.read_text())["rows"]
     assert (few["rewritten"], more["rewritten"]) == (3, 9) and more["nodes"] > 2 * few["nodes"]
-    assert "wrote" in capsys.readouterr().out and 0 < few["seconds"]
+    assert "wrote" in capsys.readouterr().out and few["seconds"] > 0
     # Calls of functions: times depend on what else the machine does. Quadratic would be twice as many a node.
     assert calls[1] / more["nodes"] < 1.5 * calls[0] / few["nodes"], calls

@@ -46,9 +46,7 @@ WITH_TEXT = Geometry(GRID, (7, 5, 13), prefix=77, suffix=3)
 MANY_BOXES = Geometry((32, 32, 64), (2, 4, 4))  # 2,048, the most that pool "query_head" takes
 HALF_AS_MANY = Geometry((32, 32, 64), (4, 4, 4))  # where shared memory is small
 FEW_BOXES = Geometry(GRID, (3, 30, 52))  # 7
-# One with much shared memory and operands in it, one with little and operands in registers.
-THOROUGH = ((9, 0), (12, 0))
-SMALLEST = (12, 0)  # has the least shared memory: here the largest tiles are compiled as well
+SMALLEST = (12, 0)  # has the least shared memory: here all variants are compiled, the largest tiles too
 
 
 class Launch(NamedTuple):
@@ -98,7 +96,7 @@ def backward(implementation: str, geometry: Geometry, dtype: torch.dtype, head_d
 def run_everything(capability: tuple[int, int]) -> None:
     """Call the host functions so that each kernel is launched, in the variants that differ most.
 
-    On ``THOROUGH`` in all of them, elsewhere in those that are nearest to a limit.
+    On ``SMALLEST`` in all of them, elsewhere in those that are nearest to a limit.
     """
     other = {"batch": 2, "kv_heads": 4, "masked": True}
     if capability == (9, 0):
@@ -118,21 +116,20 @@ def run_everything(capability: tuple[int, int]) -> None:
     select(PLAIN, BF16, 128, "block", "threshold")
     select(PLAIN, BF16, 128, "head_global", "threshold", tile=128)
     select(PLAIN, BF16, 128, "query_head", "topk", topk=1)  # own box
-    if capability in THOROUGH:
-        run_the_rest(capability, other)
+    if capability == SMALLEST:
+        run_the_rest(other)
 
 
-def run_the_rest(capability: tuple[int, int], other: dict[str, Any]) -> None:
+def run_the_rest(other: dict[str, Any]) -> None:
     attention("triton", PLAIN, BF16, 64)
     for dtype, head_dim in [(BF16, 64), (BF16, 256), (FP32, 64)]:
         attention("triton", PLAIN, dtype, head_dim, tile=128)
     attention("triton", WITH_TEXT, FP16, 128, tile=64, **other)
     backward("triton", PLAIN, BF16, 256)
-    if capability == SMALLEST:
-        for tile in (0, 128):
-            attention("triton", PLAIN, FP32, 128, tile=tile)
-        backward("triton", PLAIN, FP32, 64)
-        backward("triton", PLAIN, FP32, 128)
+    for tile in (0, 128):
+        attention("triton", PLAIN, FP32, 128, tile=tile)
+    backward("triton", PLAIN, FP32, 64)
+    backward("triton", PLAIN, FP32, 128)
     for dtype, head_dim in [(BF16, 128), (BF16, 256), (FP32, 64)]:
         select(PLAIN, dtype, head_dim, "query_head", "threshold")
     select(FEW_BOXES, FP16, 128, "query_head", "topk")
