@@ -244,6 +244,7 @@ def written(tmp_path_factory):
     with pytest.warns(UserWarning, match="exports Sequential dense"):
         package = export_package(
             model, (x,), path=folder / "model.pt2", config=VMoBAConfig(threshold=0.5), verify=True,
+            inductor_options={"aot_inductor.metadata": {"build": "17"}},
         )  # fmt: skip
     with torch.no_grad():
         torch.save([x], folder / "inputs.pt")
@@ -260,7 +261,8 @@ def test_package_tells_of_itself(written):
     about = read_about(written.path)
     assert about["config"]["threshold"] == 0.5 and about["model"] == "Sequential" and about["report"]["sites"] == []
     assert about["inputs"] == [{"name": "[0]", "dtype": "float32", "shape": [3, 16]}]
-    assert written.load().get_metadata()["vmoba_compile"]
+    metadata = written.load().get_metadata()
+    assert metadata["vmoba_compile"] and metadata["build"] == "17", "that of Inductor's options is kept"
 
 
 RUN = """

@@ -35,7 +35,7 @@ from .replay import DYNAMIC, Replays
 METADATA = "vmoba_compile"  # the key of what a package tells of itself
 LOADER = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
 
-_SHIMS = "aot_inductor.custom_ops_to_c_shims"
+_METADATA, _SHIMS = "aot_inductor.metadata", "aot_inductor.custom_ops_to_c_shims"
 _ELSEWHERE = (
     "aot_inductor.package_cpp_only", "aot_inductor.emit_multi_arch_kernel", "aot_inductor.cross_target_platform",
     "aot_inductor_mode.compile_standalone",
@@ -113,12 +113,12 @@ def export_package(
     replace_operators(program, replays)
     about = json.dumps(_about(model, captured, device, config))
     # Kernels that are tried on invented inputs would follow invented lists to any address; the model's own inputs are used.
-    options = {**_sound(), "triton.autotune_at_compile_time": False, "aot_inductor.metadata": {METADATA: about}}
+    options = {**_sound(), "triton.autotune_at_compile_time": False, **given}
+    options[_METADATA] = {**given.get(_METADATA, {}), METADATA: about}
     start = time.perf_counter()
     with replacing(path) as made, tempfile.TemporaryDirectory() as folder:
         kernels = set(replays.kernels() if replays else ())
         shims = replays.declarations(Path(folder)) if replays else {}
-        options |= given
         if shims:
             options[_SHIMS] = shims | given.get(_SHIMS, torch._inductor.config.aot_inductor.custom_ops_to_c_shims)
         running = replays.compiling() if replays else nullcontext()
