@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ulysses")]  # one worke
 TOLERANCE = 1e-4
 
 
-ON_FOUR = ["wan", "wan_training", "text_and_video"]
+ON_FOUR = ["wan", "text_and_video", "text_and_video_training"]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
