@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from vmoba_compile import ExportError, Package, Report, VMoBAConfig, attention
+from vmoba_compile import ExportError, Package, Report, VMoBAConfig, attention, export_onnx
 from vmoba_compile.deploy import package
 from vmoba_compile.deploy.package import export_package, read_about, replace_operators
 from vmoba_compile.deploy.program import capture, relative_error
@@ -58,10 +58,25 @@ def test_a_model_on_the_cpu_is_refused(tmp_path, no_compiler):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("path", "message"), [("model.so", "must end in .pt2"), ("none/model.pt2", "does not exist")])
-def test_bad_paths(tmp_path, path, message, no_compiler):
-    with pytest.raises(ValueError, match=message):
-        export_package(*dense()[:1], (dense()[1],), path=tmp_path / path)
+def test_another_suffix_is_refused(tmp_path, no_compiler):
+    with pytest.raises(ValueError, match=r"must end in \.pt2"):
+        export_package(*dense()[:1], (dense()[1],), path=tmp_path / "model.so")
+
+
+@pytest.mark.parametrize("export", [export_package, export_onnx])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (torch.ones(3, 16), None, r"args must be a tuple of inputs, such as \(x,\), not Tensor"),
+        ("model.pt2", None, "args must be a tuple of inputs, .* not str"),
+        ((), (torch.ones(3, 16),), "kwargs must be a dict of inputs by name, not tuple"),
+    ],
+    ids=["tensor", "path", "tuple"],
+)
+def test_inputs_of_another_kind(tmp_path, no_compiler, export, args, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        export(dense()[0], args, kwargs, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -243,12 +258,12 @@ def written(tmp_path_factory):
     model, x = dense()
     with pytest.warns(UserWarning, match="exports Sequential dense"):
         package = export_package(
-            model, (x,), path=folder / "model.pt2", config=VMoBAConfig(threshold=0.5), verify=True,
+            model, (x,), path=folder / "made" / "model.pt2", config=VMoBAConfig(threshold=0.5), verify=True,
             inductor_options={"aot_inductor.metadata": {"build": "17"}},
         )  # fmt: skip
     with torch.no_grad():
-        torch.save([x], folder / "inputs.pt")
-        torch.save([model(x)], folder / "expected.pt")
+        torch.save([x], package.path.with_name("inputs.pt"))
+        torch.save([model(x)], package.path.with_name("expected.pt"))
     return package
 
 

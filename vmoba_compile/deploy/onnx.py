@@ -26,7 +26,7 @@ from ..passes import ExportError, Report
 from ..passes.builder import Builder
 from ..passes.sizes import size_of, value_of
 from .onnx_body import Rule, body_bytes, functions
-from .program import Captured, capture, configured, first_line, options_of, relative_error, tensors_of
+from .program import Captured, capture, configured, first_line, inputs_of, options_of, relative_error, tensors_of
 from .progress import Steps
 
 OPSETS = (20, 23)
@@ -136,9 +136,10 @@ def export_onnx(
         or ``path`` is a folder.
     """
     _check(opset, dynamic_batch, dynamic_shapes, verify)
-    path, kwargs, config = check_target(path), dict(kwargs or {}), configured(model, config)
+    args, kwargs = inputs_of(args, kwargs)
+    path, config = check_target(path), configured(model, config)
     if dynamic_batch:
-        dynamic_shapes = batch_shapes(model, tuple(args), kwargs)
+        dynamic_shapes = batch_shapes(model, args, kwargs)
     with Steps("export to ONNX", 5, progress) as step:
         step("tracing the model")
         captured = capture(

@@ -95,7 +95,7 @@ def export_package(
 
     Raises:
         ExportError: the model is not on a GPU, torch.export or AOTInductor cannot do it, or the package cannot be loaded,
-        run or written. ValueError: a bad ``path``.
+        run or written. ValueError: a bad ``path``. TypeError: inputs of the wrong type.
         GridError, CoverageError: see ``capture``.
     """
     path = _checked(path)
@@ -239,10 +239,7 @@ def _checked(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, as packages of PyTorch do, not {str(path)!r}")
-    check_target(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} of path does not exist")
-    return path
+    return check_target(path)
 
 
 def _device(program: ExportedProgram, captured: Captured) -> torch.device:

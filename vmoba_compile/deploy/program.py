@@ -48,7 +48,9 @@ def capture(
     Raises:
         ExportError: ``torch.export`` cannot trace the model. GridError: ``grid`` contradicts the graph.
         CoverageError: ``strict`` or ``expect`` (see :func:`vmoba_compile.optimize`) is not met.
+        TypeError: ``args`` is no sequence of inputs, ``kwargs`` no mapping of names to inputs, ``model`` no module.
     """
+    args, kwargs = inputs_of(args, kwargs)
     config = configured(model, config)
     if isinstance(model, OptimizedModel) and grid is None:
         grid = model._vmoba.settings["grid"]
@@ -56,7 +58,6 @@ def capture(
         model = model._orig_mod
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    args, kwargs = tuple(args), dict(kwargs or {})
     name = type(model).__name__
     try:
         with evaluating(model), torch.no_grad():
@@ -82,6 +83,15 @@ def capture(
     if not report.rewritten and not own:
         warn(f"vmoba_compile exports {name} dense: {report.summary() if len(report) else 'it has no attention'}")
     return Captured(program, report, args, kwargs)
+
+
+def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as a call has them. Raises TypeError where they are something else, such as a tensor."""
+    if isinstance(args, str) or not isinstance(args, Sequence):
+        raise TypeError(f"args must be a tuple of inputs, such as (x,), not {type(args).__name__}")
+    if not isinstance(kwargs, Mapping | None):
+        raise TypeError(f"kwargs must be a dict of inputs by name, not {type(kwargs).__name__}")
+    return tuple(args), dict(kwargs or {})
 
 
 def configured(model: nn.Module, config: VMoBAConfig | Mapping[str, Any] | None) -> VMoBAConfig:

@@ -29,7 +29,7 @@ from ..files import check_target, replacing
 from ..kernels.partition import Triple
 from ..passes import ExportError, Report
 from ..passes.recognise import module_path
-from .program import capture, first_line, relative_error, tensors_of
+from .program import capture, first_line, inputs_of, relative_error, tensors_of
 from .progress import Steps
 from .tensorrt_library import plain
 
@@ -143,9 +143,10 @@ def export_torch_tensorrt(
     Raises:
         ExportError: there is no GPU, Torch-TensorRT is missing or cannot compile the model, or it cannot be traced; or, with
         ``verify``, the engines fail, or give NaN where PyTorch does not.
-        ValueError: inputs are not on a GPU, or ``path`` is a folder. CoverageError, GridError: as for ``optimize``.
+        ValueError, TypeError: inputs are of the wrong type or not on a GPU, or ``path`` is a folder. CoverageError,
+        GridError: as for ``optimize``.
     """
-    kwargs = dict(kwargs or {})
+    args, kwargs = inputs_of(args, kwargs)
     torch_tensorrt, library = find_torch_tensorrt()
     device = _device(model, args, kwargs)
     if path is not None:
