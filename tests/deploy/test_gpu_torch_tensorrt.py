@@ -22,6 +22,8 @@ pytestmark = [
 
 GRID = (4, 12, 16)
 CONFIG = VMoBAConfig(min_tokens=0)
+# What TensorRT-RTX 1.4.0.76 says of the bias of an attention with a mask: the one or the other, from run to run.
+BUILDER_CHECKS = ("logical memory size", "Arguments to operator* cannot be undefined")
 LOAD = """
 import sys, torch
 import diffusers.models.modeling_outputs  # the class of what the model returns
@@ -87,8 +89,8 @@ def test_masks_stay_masks(bias):
         with pytest.warns(UserWarning, match="exports Masked dense"):
             made = export_torch_tensorrt(model, (x, mask), min_block_size=1)
     except ExportError as error:
-        if bias and "logical memory size" in str(error):
-            pytest.xfail(f"the library's builder loses the size of a bias: {error}")
+        if bias and any(check in str(error) for check in BUILDER_CHECKS):
+            pytest.xfail(f"the library's builder loses the bias: {error}")
         raise
     with torch.no_grad():
         assert relative(made(x, mask), model(x, mask)) < 1e-2
