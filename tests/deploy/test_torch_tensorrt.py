@@ -221,7 +221,9 @@ def test_missing_library(monkeypatch):
         deploy.find_torch_tensorrt()
     monkeypatch.setattr(deploy, "_version", lambda name: "1.0" if name == "torch-tensorrt-rtx" else None)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-    with pytest.raises(ExportError, match=r"torch-tensorrt-rtx 1.0 cannot be imported with torch .*pip install"):
+    with pytest.raises(
+        ExportError, match=r"torch-tensorrt-rtx 1.0 cannot be imported with torch .*pip install 'torch-tensorrt-rtx=="
+    ):
         deploy.find_torch_tensorrt()
 
 

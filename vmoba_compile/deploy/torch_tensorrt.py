@@ -241,10 +241,10 @@ def find_torch_tensorrt() -> tuple[ModuleType, str]:
         raise ExportError("Torch-TensorRT builds engines on the GPU that runs them, and torch sees no GPU")
     installed = [(name, number) for name in DISTRIBUTIONS if (number := _version(name))]
     wanted = ".".join(torch.__version__.split(".")[:2])
-    install = f"pip install 'torch-tensorrt=={wanted}.*'"
-    if not installed:
-        raise ExportError(f"export_torch_tensorrt needs Torch-TensorRT for torch {wanted}: {install}")
-    name, number = installed[0]
+    name, number = installed[0] if installed else (DISTRIBUTIONS[0], None)
+    install = f"pip install '{name}=={wanted}.*'"
+    if number is None:
+        raise ExportError(f"this needs Torch-TensorRT for torch {wanted}: {install}")
     try:
         with _quiet():
             import torch_tensorrt
