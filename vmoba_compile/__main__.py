@@ -83,7 +83,9 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     loaded = found()
     pair = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else (None, None)
     if not isinstance(pair[0], nn.Module) or not isinstance(pair[1], dict):
-        raise ValueError(f"{args.model} must return (model, keyword arguments), not {type(loaded).__name__}")
+        kinds = [type(x).__name__ for x in (loaded if isinstance(loaded, tuple) else (loaded,))]
+        given = f"({', '.join(kinds)})" if isinstance(loaded, tuple) else kinds[0]
+        raise ValueError(f"{args.model} must return (model, dict of keyword arguments), not {given}")
     if args.tokens or args.layers:
         raise ValueError("--tokens and --layers are for named models; module:function makes its own inputs")
     return loaded

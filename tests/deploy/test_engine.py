@@ -284,6 +284,19 @@ def test_no_such_file(tmp_path):
             build_engine(tmp_path / "text.onnx", runtime="tensorrt_rtx")
 
 
+@needs_rtx
+def test_weights_left_behind(tmp_path):
+    x, y = tensor("x", FLOAT, (4, 64)), tensor("y", FLOAT, (4, 64))
+    weight = constant("w", np.ones((64, 64), np.float32))
+    model = onnx.load(write(tmp_path / "m.onnx", [node("MatMul", ["x", "w"], ["y"])], [x], [y], [weight]))
+    path = tmp_path / "outside.onnx"
+    onnx.save(model, str(path), save_as_external_data=True, location="outside.onnx.data")
+    assert build_engine(path).path.is_file()
+    (tmp_path / "outside.onnx.data").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights of .*outside\.onnx are missing.*outside\.onnx\.data"):
+        build_engine(path)
+
+
 def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setattr(tensorrt_library, "_imported", lambda name: None)
     with pytest.raises(

@@ -40,12 +40,18 @@ def test_explain_ones_own_model(capsys, tmp_path, monkeypatch):
         "def make():\n"
         "    return torch.nn.MultiheadAttention(8, 2, batch_first=True).eval(), dict.fromkeys("
         "('query', 'key', 'value'), torch.zeros(1, 6, 8))\n"
-        "def wrong():\n"
+        "def number():\n"
         "    return 3\n"
+        "def pair():\n"
+        "    return make()[0], torch.zeros(1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["explain", "my_model:make"]) == 1
     assert "weights_used" in capsys.readouterr().out
+    for name, given in {"number": "int", "pair": "(MultiheadAttention, Tensor)"}.items():
+        assert main(["explain", f"my_model:{name}"]) == 2
+        wanted = f"my_model:{name} must return (model, dict of keyword arguments), not {given}\n"
+        assert capsys.readouterr().err.endswith(wanted)
 
 
 def test_min_tokens(capsys):

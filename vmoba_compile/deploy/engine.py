@@ -101,9 +101,9 @@ def build_engine(
         progress: show a progress bar; None: on a terminal.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError, TypeError: an argument is unknown, out of range or does not
-        fit the file. ExportError: a library is missing, or it cannot parse or build the file; the engine cannot be
-        written.
+        FileNotFoundError: there is no such file, or none with its weights. ValueError, TypeError: an argument is unknown,
+        out of range or does not fit the file. ExportError: a library is missing, or it cannot parse or build the file; the
+        engine cannot be written.
     """
     onnx_path = Path(onnx_path)
     if not onnx_path.is_file():
@@ -174,11 +174,16 @@ def _vmoba_nodes(path: Path, library: Library) -> tuple[str, ...]:
         raise ExportError("build_engine needs onnx: pip install 'vmoba_compile[onnx]'")
     import onnx
     from google.protobuf.message import DecodeError
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except DecodeError as error:
         raise ExportError(f"{path} is not an ONNX file: {error}") from error
+    outside = {ExternalDataInfo(x).location for x in graph.initializer if uses_external_data(x)}
+    for file in sorted(path.parent / name for name in outside):
+        if not file.is_file():
+            raise FileNotFoundError(f"the weights of {path} are missing: they must lie beside it in {file}")
     double = onnx.TensorProto.DOUBLE
     ports = [port.name for port in (*graph.input, *graph.output) if port.type.tensor_type.elem_type == double]
     if ports:
