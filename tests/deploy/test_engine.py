@@ -292,6 +292,8 @@ def test_weights_left_behind(tmp_path):
     path = tmp_path / "outside.onnx"
     onnx.save(model, str(path), save_as_external_data=True, location="outside.onnx.data")
     assert build_engine(path).path.is_file()
+    with pytest.raises(ValueError, match=r"over .*outside\.onnx's weights"):
+        build_engine(path, tmp_path / "outside.onnx.data")
     (tmp_path / "outside.onnx.data").unlink()
     with pytest.raises(FileNotFoundError, match=r"weights of .*outside\.onnx are missing.*outside\.onnx\.data"):
         build_engine(path)

@@ -111,6 +111,8 @@ def build_engine(
     engine_path = check_target(onnx_path.with_suffix(".engine") if engine_path is None else engine_path)
     if engine_path.exists() and engine_path.samefile(onnx_path):
         raise ValueError(f"the engine would be written over its ONNX file {onnx_path}; give another engine_path")
+    if engine_path.absolute() == Path(f"{onnx_path}.data").absolute():
+        raise ValueError(f"the engine would be written over {onnx_path}'s weights; give another engine_path")
     if plugins not in PLUGINS:
         raise ValueError(f"plugins must be one of {', '.join(map(repr, PLUGINS))}, not {plugins!r}")
     library = find_library(runtime, plugins)
